@@ -1,0 +1,127 @@
+"""The contract of a communicator: it moves buffers between ranks, and knows nothing else.
+
+Names follow MPI. A trailing underscore means in place (or into the first argument); ``_object`` means small
+values, encoded as JSON, never once a step. Buffers are contiguous one-dimensional torch tensors on the
+engine's device. There is no mean and no hidden copy: scaling belongs to ``hpctrain.gradients``.
+
+Every rank calls the same operations in the same order; an asynchronous operation is over when its ``Work``
+was waited for, and until then its buffers belong to the engine.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hpctrain.topology.ranks import Topology
+
+Op = Literal["sum", "min", "max"]
+
+
+class Work(Protocol):
+    """A communication under way."""
+
+    def wait(self) -> None:
+        """Block until the operation is over (on a GPU: until the current stream may use its result).
+
+        Raises MachineError when the engine reports a failure.
+        """
+
+
+class FinishedWork:
+    """The work of an operation that was over when it returned."""
+
+    def wait(self) -> None:
+        return
+
+
+class Communicator(ABC):
+    """One group of ranks. ``topology`` tells this process's place in it."""
+
+    #: name in the registry, for records and messages
+    name: str
+
+    def __init__(self, topology: Topology, device: torch.device) -> None:
+        self.topology = topology
+        self.device = device
+
+    @property
+    def rank(self) -> int:
+        return self.topology.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.topology.world_size
+
+    @abstractmethod
+    def all_reduce_(self, buffer: Tensor, op: Op = "sum") -> Work:
+        """Reduce ``buffer`` [n] elementwise over all ranks; every rank ends with the same result."""
+
+    @abstractmethod
+    def reduce_scatter_(self, output: Tensor, buffer: Tensor) -> Work:
+        """Sum ``buffer`` [world_size * n] over all ranks; rank r keeps the r-th part in ``output`` [n]."""
+
+    @abstractmethod
+    def all_gather_(self, output: Tensor, buffer: Tensor) -> Work:
+        """Put rank r's ``buffer`` [n] into the r-th part of every rank's ``output`` [world_size * n]."""
+
+    @abstractmethod
+    def all_to_all_(self, output: Tensor, buffer: Tensor) -> Work:
+        """Send the r-th part of ``buffer`` [world_size * n] to rank r; ``output`` holds one part from each rank."""
+
+    @abstractmethod
+    def broadcast_(self, buffer: Tensor, root: int = 0) -> Work:
+        """Copy ``buffer`` [n] of rank ``root`` to every rank."""
+
+    @abstractmethod
+    def split(self, ranks: Sequence[int]) -> Communicator | None:
+        """A communicator over ``ranks`` (of this group, in that order), or None on a rank outside it.
+
+        Collective over the whole group: every rank names the same ``ranks``.
+        """
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+
+    @abstractmethod
+    def abort(self, code: int) -> None:
+        """End the processes of all ranks as far as the engine can, this one with exit status ``code``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the engine's resources back. Collective; nothing may be under way."""
+
+    def versions(self) -> dict[str, str]:
+        """What the engine runs on, for records: library name to version."""
+        return {}
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order. ``value`` must survive JSON."""
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        mine = torch.tensor([payload.numel()], dtype=torch.int64, device=self.device)
+        self.all_gather_(sizes, mine).wait()
+        longest = int(sizes.max())
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: payload.numel()] = payload
+        gathered = torch.empty(self.world_size * longest, dtype=torch.uint8, device=self.device)
+        self.all_gather_(gathered, padded).wait()
+        rows = gathered.cpu().view(self.world_size, longest)
+        return [json.loads(bytes(row[:size].numpy())) for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """The value of rank ``root``, on every rank; what the others pass is ignored."""
+        encoded = json.dumps(value).encode() if self.rank == root else b""
+        size = torch.tensor([len(encoded)], dtype=torch.int64, device=self.device)
+        self.broadcast_(size, root).wait()
+        buffer = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        if self.rank == root:
+            buffer.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+        self.broadcast_(buffer, root).wait()
+        return json.loads(bytes(buffer.cpu().numpy()))

@@ -1,0 +1,242 @@
+"""What a run can be asked for: one frozen section per concern, a docstring under every field.
+
+Nothing here imports torch, reads data or knows how many ranks there are; arithmetic that needs the world
+size is in ``hpctrain.config.plan``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class DenseConfig(Section):
+    """Fully connected net on flattened pictures."""
+
+    name: Literal["dense"]
+    """dense"""
+    hidden_layers: Annotated[int, Field(ge=0)] = 1
+    """number of hidden layers"""
+    neurons: Positive = 128
+    """width of each hidden layer"""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """share of hidden activations dropped in training"""
+    batch_norm: bool = False
+    """batch normalisation before each hidden activation"""
+
+
+class ResNetConfig(Section):
+    """Residual nets: CIFAR's resnet20 and the ImageNet family in its v1.5 form (stride on the 3x3)."""
+
+    name: Literal["resnet20", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+    """depth of the net"""
+    zero_gamma: bool = False
+    """start the last batch norm of every residual branch at zero (Goyal et al. 2017, section 5.1)"""
+    fc_std: Annotated[float, Field(gt=0.0)] | None = None
+    """standard deviation of the classifier's initial weights; none keeps torch's default"""
+    he_init: bool = True
+    """convolutions from He's normal distribution (fan out); false keeps torch's default"""
+
+
+ModelConfig = Annotated[DenseConfig | ResNetConfig, Field(discriminator="name")]
+
+
+class DataConfig(Section):
+    """Where the pictures come from and what is done to them."""
+
+    path: str | None = None
+    """packed folder (of `hpctrain data pack`) or image folder; the synthetic loader needs none"""
+    loader: Literal["auto", "dali", "torch", "synthetic"] = "auto"
+    """auto takes DALI where it works, else torch, and says so"""
+    image_size: Positive = 224
+    """side of the square given to the model, in pixels"""
+    channels: Literal[1, 3] = 3
+    """3 for RGB (grey pictures are spread), 1 for grey"""
+    num_classes: Positive | None = None
+    """number of classes; none takes what the data set has (1,000 for synthetic)"""
+    val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """share of a data set without validation part that is held out, the same for every run"""
+    crop: Literal["random", "centre"] = "random"
+    """training window: random area and aspect (Szegedy et al. 2015), or the one evaluation uses"""
+    crop_area: tuple[Fraction, Fraction] = (0.08, 1.0)
+    """smallest and largest share of the picture's area in a random window"""
+    crop_aspect: tuple[float, float] = (0.75, 4 / 3)
+    """narrowest and widest aspect of a random window"""
+    flip: bool = True
+    """mirror training pictures at random"""
+    eval_crop: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875
+    """side of evaluation's centre window, as a share of the shorter side (224 / 256)"""
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """subtracted per channel, on the scale 0-255; grey pictures use the average"""
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """divisor per channel, on the scale 0-255; grey pictures use the average"""
+    threads: Positive | None = None
+    """decoding threads a rank; none takes the cores at hand"""
+    decode: Literal["auto", "cpu", "gpu"] = "auto"
+    """where DALI decodes; auto takes the device that trains"""
+    shuffle_block: Positive = 1024
+    """samples read in one piece by the windowed shuffle"""
+    shuffle_window: Positive = 64
+    """blocks mixed with each other; a set smaller than one window gets a full permutation"""
+    max_corrupt_share: Fraction = 0.001
+    """share of the training set that may fail to decode before the job stops"""
+    synthetic_samples: Positive = 1_281_167
+    """length of the synthetic training set"""
+
+
+class OptimizerConfig(Section):
+    """The rule that moves the parameters."""
+
+    name: Literal["sgd", "adam", "rmsprop"] = "sgd"
+    """sgd, or torch's adam or rmsprop with their own defaults"""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """momentum of sgd and rmsprop; adam has its own"""
+    nesterov: bool = False
+    """Nesterov's form of momentum; sgd only"""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
+    """L2 penalty on weights"""
+    decay_norm_and_bias: bool = False
+    """apply weight decay to normalisation layers and biases too"""
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a function of the step."""
+
+    kind: Literal["constant", "step", "cosine", "poly"] = "cosine"
+    """course after warm-up"""
+    lr: Annotated[float, Field(gt=0.0)] = 0.1
+    """peak learning rate, at a global batch of `reference_batch`"""
+    reference_batch: Positive | None = None
+    """scale lr by global batch / this (linear rule); none takes lr as it is"""
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    """epochs of linear warm-up"""
+    warmup_start: Annotated[float, Field(ge=0.0)] = 0.0
+    """learning rate at the first step of warm-up, on the scale of `lr` before scaling by batch"""
+    milestones: tuple[float, ...] = (30.0, 60.0, 80.0)
+    """epochs at which `step` multiplies by gamma"""
+    gamma: Annotated[float, Field(gt=0.0)] = 0.1
+    """factor of `step`"""
+    power: Annotated[float, Field(gt=0.0)] = 2.0
+    """exponent of `poly`"""
+    final_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """where `cosine` and `poly` end"""
+
+
+class EarlyStoppingConfig(Section):
+    """Stop when the monitored figure no longer improves."""
+
+    monitor: Literal["val_top1", "val_loss"] = "val_top1"
+    """figure of each evaluation that is watched"""
+    patience: Positive = 5
+    """evaluations without improvement before the run stops"""
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    """smallest change that counts as improvement"""
+
+
+class TrainConfig(Section):
+    """How long and in what portions."""
+
+    epochs: Positive = 90
+    """passes over the training set"""
+    batch_per_worker: Positive = 32
+    """pictures of one worker in one forward pass"""
+    accumulation: Positive = 1
+    """forward/backward passes before one exchange and optimizer step"""
+    max_steps: Positive | None = None
+    """stop after this many optimizer steps, if earlier"""
+    target_accuracy: Fraction | None = None
+    """stop at the first evaluation with this top-1"""
+    last_batch: Literal["drop", "pad"] = "drop"
+    """what becomes of the samples beyond the last full global batch of an epoch: left out, or filled up from its start"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """autocast type of forward and backward; parameters stay fp32"""
+    channels_last: bool = False
+    """NHWC memory format"""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """share of the target spread over all classes"""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """evaluate an exponential moving average of the parameters with this decay a step"""
+    early_stopping: EarlyStoppingConfig | None = None
+    """off unless given"""
+    eval_every_epochs: Positive = 1
+    """epochs between evaluations; the last epoch is always evaluated"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU where there is one"""
+
+
+class CommConfig(Section):
+    """The engine that moves buffers between ranks."""
+
+    engine: Literal["auto", "horovod", "mpi", "torch", "serial"] = "auto"
+    """auto picks by launcher and by what is installed, Horovod first"""
+    timeout_s: Annotated[float, Field(gt=0.0)] = 60.0
+    """how long a rank may show no progress before the job ends and names it"""
+    startup_timeout_s: Annotated[float, Field(gt=0.0)] = 300.0
+    """the same until the first step is over"""
+
+
+class GradientsConfig(Section):
+    """From each rank's gradients to their mean."""
+
+    compression: Literal["none"] = "none"
+    """type on the wire"""
+    reduction: Literal["engine", "ordered"] = "engine"
+    """engine: its own all-reduce; ordered: pairwise tree over worker numbers, the same bits on every engine"""
+    bucket_mib: Annotated[float, Field(gt=0.0)] = 16.0
+    """size of a bucket, in MiB of fp32 gradients"""
+    check_every_steps: Positive = 200
+    """steps between comparisons of the ranks' parameters"""
+
+
+class ParallelConfig(Section):
+    """Workers: the units of the global batch."""
+
+    virtual_workers: Positive | None = None
+    """number of workers; none is one a rank"""
+
+
+class CheckpointConfig(Section):
+    """What is kept, and how often."""
+
+    every_steps: Positive | None = None
+    """optimizer steps between checkpoints; none saves at the end of each epoch"""
+    keep: Positive = 3
+    """newest checkpoints kept"""
+
+
+class LogConfig(Section):
+    """What is told while the run goes on."""
+
+    every_steps: Positive = 20
+    """steps between lines of steps.jsonl and the progress display"""
+    tensorboard: bool = True
+    """write TensorBoard scalars"""
+
+
+class Config(Section):
+    """A run, whole."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    """the only source of randomness: initial weights, order, crops, flips, dropout"""
+    model: ModelConfig
+    """the net; see `model.name`"""
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    comm: CommConfig = CommConfig()
+    gradients: GradientsConfig = GradientsConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
