@@ -1,0 +1,5 @@
+"""`python -m hpctrain` is the same as `hpctrain`."""
+
+from hpctrain.cli import main
+
+main()

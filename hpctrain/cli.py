@@ -1,0 +1,143 @@
+"""The command line: what can be typed, and nothing of how it is done. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpctrain import __version__
+from hpctrain.errors import HpctrainError
+
+app = typer.Typer(
+    name="hpctrain",
+    help="Train image classifiers on many GPUs, and measure how well it scaled.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(name="data", help="Prepare and check data sets.", no_args_is_help=True)
+bench_app = typer.Typer(name="bench", help="Measure, verify, and leave a JSON file.", no_args_is_help=True)
+app.add_typer(data_app)
+app.add_typer(bench_app)
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML recipe, such as configs/quickstart.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one key, as in train.epochs=5; repeatable")
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result there as JSON")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|PATH", help="auto: newest complete checkpoint of the run directory")
+    ] = "auto",
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="DIR", help="default: runs/<config>-<time>")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+) -> None:
+    """Train as CONFIG says, on all ranks the launcher started.
+
+    One rank: `hpctrain train …`; more: `horovodrun -np N hpctrain train …`, or the same behind mpirun, srun
+    or torchrun.
+    """
+    from hpctrain.train.main import print_plan, train_command
+
+    if dry_run:
+        print_plan(config, overrides or [])
+    else:
+        train_command(config, overrides or [], resume=resume, run_dir=run_dir)
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run directory, or one of its checkpoints")],
+    overrides: Overrides = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Exact top-1 and top-5 of a checkpoint on its whole validation part."""
+    from hpctrain.train.main import eval_command
+
+    eval_command(run, overrides or [], json_file)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Tell what each engine and loader needs and has; exit 0 when `auto` would work."""
+    from hpctrain.doctor import examine, render, to_json
+
+    report = examine()
+    typer.echo(to_json(report)) if as_json else render(report)
+    raise typer.Exit(report.exit_code)
+
+
+@data_app.command()
+def pack(
+    source: Annotated[list[Path], typer.Argument(help="image folder, tar of one, or folder of IDX files")],
+    destination: Annotated[Path, typer.Argument(help="folder to be made")],
+    ilsvrc: Annotated[
+        bool, typer.Option("--ilsvrc", help="SOURCE is TRAIN.tar VAL.tar DEVKIT.tar.gz, as ImageNet ships them")
+    ] = False,
+    shard_mb: Annotated[int, typer.Option(min=1, help="size of a shard")] = 256,
+    skip_corrupt: Annotated[bool, typer.Option(help="leave out pictures that cannot be read, naming them")] = False,
+) -> None:
+    """Write SOURCE as WebDataset shards with an index; run again, it goes on where it was stopped."""
+
+
+@data_app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="packed or image folder")],
+    jobs: Annotated[int | None, typer.Option(min=1, help="processes; default: the cores at hand")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Decode every picture of PATH and list what is wrong; exit 1 when anything is."""
+
+
+@data_app.command()
+def digits(destination: Annotated[Path, typer.Argument(help="folder to be made")]) -> None:
+    """Pack scikit-learn's 1,797 handwritten digits, the data of the quickstart."""
+
+
+@bench_app.command("step")
+def bench_step(config: ConfigPath, overrides: Overrides = None, json_file: JsonFile = None) -> None:
+    """Compare the training step with a bare torch loop and with Horovod's own optimizer, interleaved."""
+
+
+@bench_app.command("data")
+def bench_data(config: ConfigPath, overrides: Overrides = None, json_file: JsonFile = None) -> None:
+    """Images/s of each loader alone, on the same windows, interleaved."""
+
+
+def main() -> None:
+    """Run the command line; user errors become one sentence and exit status 2."""
+    try:
+        app()
+    except HpctrainError as error:
+        if os.environ.get("HPCTRAIN_QUIET_RANK") is None:
+            print(f"hpctrain: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

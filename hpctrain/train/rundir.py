@@ -1,0 +1,98 @@
+"""The run directory: one folder per run, held by one job at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from hpctrain.errors import MachineError, UserError
+
+_LOCK_NAME = ".lock"
+
+
+def default_run_dir(config_path: Path) -> Path:
+    """``runs/<config>-<time>`` below the working directory, with the local time to the second."""
+    return Path("runs") / f"{config_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+class RunDirectory:
+    """Paths of one run, and the lock that keeps a second job out of it.
+
+    Only rank 0 opens it for writing; the lock is the kernel's and goes with the process, however it ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def steps(self) -> Path:
+        return self.path / "steps.jsonl"
+
+    @property
+    def evals(self) -> Path:
+        return self.path / "evals.jsonl"
+
+    @property
+    def record(self) -> Path:
+        return self.path / "record.json"
+
+    @property
+    def picture(self) -> Path:
+        return self.path / "learning-curve.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def open(self) -> None:
+        """Make the folder and take its lock.
+
+        Raises UserError when it cannot be written to or another job holds it, MachineError when the disk is full.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / _LOCK_NAME, "a+")  # noqa: SIM115 - held until close()
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "an unknown process"
+            lock.close()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise MachineError(f"cannot lock the run directory {self.path}: {error.strerror}") from error
+            raise UserError(
+                f"run directory {self.path} is in use by {holder}; wait for that job or give another --run-dir"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        lock.flush()
+        self._lock = lock
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError | MachineError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(f"cannot create the run directory {path}: {error.strerror}")
+    reason = (error.strerror or str(error)).lower()
+    return UserError(f"cannot write to the run directory {path} ({reason}); give a writable one with --run-dir")

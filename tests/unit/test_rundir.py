@@ -1,0 +1,59 @@
+"""The run directory: one job at a time, and errors a person can act on."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from hpctrain.errors import MachineError, UserError
+from hpctrain.train.rundir import RunDirectory, default_run_dir
+
+
+def test_second_job_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    first.open()
+    with pytest.raises(UserError, match=rf"is in use by process {os.getpid()} on host .*; wait for that job or give"):
+        second.open()
+    first.close()
+    second.open()
+    second.close()
+
+
+def test_not_writable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to the run directory .* give a writable one with --run-dir"):
+        RunDirectory(tmp_path / "file" / "run").open()
+
+
+def test_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match="read-only file system"):
+        RunDirectory(tmp_path / "run").open()
+
+
+def test_full_disk_is_the_machines_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(MachineError, match="No space left on device"):
+        RunDirectory(tmp_path / "run").open()
+
+
+def test_locking_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(MachineError, match="cannot lock the run directory"):
+        RunDirectory(tmp_path / "run").open()
+
+
+def test_default_name_tells_config_and_time() -> None:
+    assert default_run_dir(Path("configs/quickstart.yaml")).name.startswith("quickstart-20")
