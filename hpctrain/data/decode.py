@@ -1,0 +1,101 @@
+"""Pictures by Pillow: the reference every loader agrees with, and the judge of files that cannot be decoded.
+
+Pillow decodes a whole file before it cuts a window out; a loader that only decodes the window sees less of the
+file. What counts as corrupt is therefore decided here, for all loaders. Reading and batching are theirs.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from hpctrain.config.schema import DataConfig
+
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+#: For each EXIF orientation: whether x and y run backwards, and how the stored picture is turned upright.
+#: From 5 on, the axes are exchanged too.
+_ORIENTATIONS: dict[int, tuple[bool, bool, Image.Transpose | None]] = {
+    1: (False, False, None),
+    2: (True, False, Image.Transpose.FLIP_LEFT_RIGHT),
+    3: (True, True, Image.Transpose.ROTATE_180),
+    4: (False, True, Image.Transpose.FLIP_TOP_BOTTOM),
+    5: (False, False, Image.Transpose.TRANSPOSE),
+    6: (True, False, Image.Transpose.ROTATE_270),
+    7: (True, True, Image.Transpose.TRANSVERSE),
+    8: (False, True, Image.Transpose.ROTATE_90),
+}
+
+
+def looks_whole(data: bytes) -> bool:
+    """Whether ``data`` begins and ends as a complete JPEG or PNG does.
+
+    A file that was cut off does not; nor does a good one with bytes behind its end, which ``fault_of`` then
+    tells apart.
+    """
+    if data.startswith(_JPEG_START):
+        return data.endswith(_JPEG_END)
+    return data.startswith(_PNG_START) and data.endswith(_PNG_END)
+
+
+def fault_of(data: bytes, record: np.void) -> str | None:
+    """Why a file cannot be used as its index ``record`` (RECORD) says, or None; decodes all of it."""
+    size = int(record["width"]), int(record["height"])
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.size != (size[::-1] if record["orientation"] >= 5 else size):
+                return f"it is {image.size[0]} x {image.size[1]} pixels, its index says otherwise"
+            image.load()
+    except Exception as error:  # whatever a decoder meets in a broken file, it is an answer about the file
+        return str(error).split(" <_io.BytesIO")[0] or type(error).__name__
+    return None
+
+
+def stored_window(window: np.ndarray, record: np.void) -> tuple[int, int, int, int]:
+    """The window (x, y, w, h) of the upright picture in coordinates of the picture as it is stored."""
+    x, y, w, h = (int(value) for value in window)
+    backwards_x, backwards_y, _ = _ORIENTATIONS[int(record["orientation"])]
+    if backwards_x:
+        x = int(record["width"]) - x - w
+    if backwards_y:
+        y = int(record["height"]) - y - h
+    return (y, x, h, w) if record["orientation"] >= 5 else (x, y, w, h)
+
+
+def decode(data: bytes, record: np.void, window: np.ndarray, flip: bool, size: int, channels: int) -> np.ndarray:
+    """The window (x, y, w, h) of one upright picture, resized to ``size`` and mirrored: uint8 [size, size, channels].
+
+    Where the window is at least twice the output, the JPEG is decoded at half, a quarter or an eighth of its
+    size. Raises what Pillow raises when the file is broken.
+    """
+    x, y, w, h = stored_window(window, record)
+    image: Image.Image = Image.open(io.BytesIO(data))
+    mode, full_size = ("RGB" if channels == 3 else "L"), image.size
+    image.draft(mode, (full_size[0] * size // w, full_size[1] * size // h))
+    image = _in_mode(image, mode)
+    scale_x, scale_y = image.size[0] / full_size[0], image.size[1] / full_size[1]
+    box = (x * scale_x, y * scale_y, (x + w) * scale_x, (y + h) * scale_y)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+    turn = _ORIENTATIONS[int(record["orientation"])][2]
+    if turn is not None:
+        image = image.transpose(turn)
+    pixels = np.asarray(image).reshape(size, size, channels)
+    return pixels[:, ::-1] if flip else pixels
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == mode:
+        return image
+    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion cuts values off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert(mode)
+
+
+def channel_statistics(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and divisor of each channel, on the scale 0-255; a single grey channel takes the averages of three."""
+    if config.channels == 3:
+        return config.mean, config.std
+    return (sum(config.mean) / 3,), (sum(config.std) / 3,)

@@ -1,0 +1,86 @@
+"""Samples that cannot be decoded: who stands in for them, how they are named, and when it is too many.
+
+The stand-in of a sample is the next one, by id, that can be decoded: a property of the data alone, so that
+every loader, rank and restart shows the same. Stand-ins bring their own label and window. Decoding is not done
+here (``hpctrain.data.decode`` judges).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hpctrain.config.schema import DataConfig
+from hpctrain.data.decode import fault_of, looks_whole
+from hpctrain.data.index import Index
+from hpctrain.data.reader import SampleReader
+from hpctrain.errors import UserError
+
+
+class Sources:
+    """The files of one index, each known to be whole, with stand-ins for those that are not.
+
+    ``corrupt`` has a line for each sample found unusable, in the order they came. Two threads may use it.
+    """
+
+    def __init__(self, config: DataConfig, index: Index) -> None:
+        self.corrupt: list[str] = []
+        self._config = config
+        self._index = index
+        self._reader = SampleReader(index)
+        self._unusable: set[int] = set()
+        self._judged_good: set[int] = set()
+
+    def fetch(self, sample_ids: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
+        """Ids [n] int64 with stand-ins in place, and their files.
+
+        A file that does not end as its format does is decoded as a whole by Pillow, once, whatever part of it
+        the loader will look at. Raises UserError when too many are corrupt, MachineError when one cannot be read.
+        """
+        ids = self._with_stand_ins(sample_ids)
+        files = self._reader.read(ids)
+        for position, data in enumerate(files):
+            while not looks_whole(data) and self.judge(int(ids[position]), data):
+                ids[position : position + 1] = self._with_stand_ins(ids[position : position + 1])
+                data = files[position] = self._reader.read(ids[position : position + 1])[0]
+        return ids, files
+
+    def judge(self, sample_id: int, data: bytes) -> bool:
+        """Whether Pillow or the index finds fault with a sample, which is then reported."""
+        if sample_id in self._unusable:
+            return True
+        if sample_id in self._judged_good:
+            return False
+        fault = fault_of(data, self._index.samples[sample_id])
+        if fault is None:
+            self._judged_good.add(sample_id)
+            return False
+        self.report(sample_id, fault)
+        return True
+
+    def report(self, sample_id: int, reason: str) -> None:
+        """Count a sample as corrupt from now on; raises UserError when that makes too many."""
+        if sample_id in self._unusable:
+            return
+        self._unusable.add(sample_id)
+        name = self._index.name(sample_id)
+        self.corrupt.append(f"{name}: {reason}")
+        count, samples, limit = len(self._unusable), len(self._index), self._config.max_corrupt_share
+        if count > limit * samples or count == samples:
+            raise UserError(
+                f"{count} of {samples} samples ({count / samples:.2%}) cannot be decoded, more than "
+                f"data.max_corrupt_share = {limit:.2%} allows, the last one being {name} ({reason}): "
+                f"run `hpctrain data verify {self._config.path}` to list them all"
+            )
+
+    def close(self) -> None:
+        """Close all files."""
+        self._reader.close()
+
+    def _with_stand_ins(self, sample_ids: np.ndarray) -> np.ndarray:
+        ids = sample_ids.copy()
+        if self._unusable:
+            for position, sample_id in enumerate(ids.tolist()):
+                while sample_id in self._unusable:
+                    sample_id = (sample_id + 1) % len(self._index)
+                ids[position] = sample_id
+        return ids
