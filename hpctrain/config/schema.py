@@ -6,19 +6,23 @@ size is in ``hpctrain.config.plan``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and closed to keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
+from hpctrain.config.section import (
+    Epochs,
+    Fraction,
+    NonNegativeFloat,
+    Pair,
+    PerChannel,
+    Positive,
+    PositiveFloat,
+    PositivePerChannel,
+    Section,
+)
 
 
 class DenseConfig(Section):
@@ -43,7 +47,7 @@ class ResNetConfig(Section):
     """depth of the net"""
     zero_gamma: bool = False
     """start the last batch norm of every residual branch at zero (Goyal et al. 2017, section 5.1)"""
-    fc_std: Annotated[float, Field(gt=0.0)] | None = None
+    fc_std: PositiveFloat | None = None
     """standard deviation of the classifier's initial weights; none keeps torch's default"""
     he_init: bool = True
     """convolutions from He's normal distribution (fan out); false keeps torch's default"""
@@ -69,17 +73,17 @@ class DataConfig(Section):
     """share of a data set without validation part that is held out, the same for every run"""
     crop: Literal["random", "centre"] = "random"
     """training window: random area and aspect (Szegedy et al. 2015), or the one evaluation uses"""
-    crop_area: tuple[Fraction, Fraction] = (0.08, 1.0)
+    crop_area: Pair = (0.08, 1.0)
     """smallest and largest share of the picture's area in a random window"""
-    crop_aspect: tuple[float, float] = (0.75, 4 / 3)
+    crop_aspect: Pair = (0.75, 4 / 3)
     """narrowest and widest aspect of a random window"""
     flip: bool = True
     """mirror training pictures at random"""
     eval_crop: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875
     """side of evaluation's centre window, as a share of the shorter side (224 / 256)"""
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    mean: PerChannel = (123.675, 116.28, 103.53)
     """subtracted per channel, on the scale 0-255; grey pictures use the average"""
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    std: PositivePerChannel = (58.395, 57.12, 57.375)
     """divisor per channel, on the scale 0-255; grey pictures use the average"""
     threads: Positive | None = None
     """decoding threads a rank; none takes the cores at hand"""
@@ -94,20 +98,36 @@ class DataConfig(Section):
     synthetic_samples: Positive = 1_281_167
     """length of the synthetic training set"""
 
+    def conflicts(self) -> Iterator[str]:
+        smallest, largest = self.crop_area
+        if not smallest <= largest <= 1.0:
+            yield f"crop_area is [{smallest:g}, {largest:g}], but shares of the area rise and end at 1 at most"
+        narrowest, widest = self.crop_aspect
+        if narrowest > widest:
+            yield f"crop_aspect is [{narrowest:g}, {widest:g}]: put the smaller aspect first"
+        if self.decode == "gpu" and self.loader in ("torch", "synthetic"):
+            yield f"decode=gpu needs DALI, but loader is {self.loader}: set loader to dali, or decode to cpu"
+
 
 class OptimizerConfig(Section):
     """The rule that moves the parameters."""
 
     name: Literal["sgd", "adam", "rmsprop"] = "sgd"
-    """sgd, or torch's adam or rmsprop with their own defaults"""
+    """sgd, or torch's adam or rmsprop"""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """momentum of sgd and rmsprop; adam has its own"""
+    """momentum of sgd and rmsprop, first beta of adam"""
     nesterov: bool = False
     """Nesterov's form of momentum; sgd only"""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
     """L2 penalty on weights"""
     decay_norm_and_bias: bool = False
     """apply weight decay to normalisation layers and biases too"""
+
+    def conflicts(self) -> Iterator[str]:
+        if self.nesterov and self.name != "sgd":
+            yield f"nesterov is a form of sgd's momentum, but name is {self.name}: set nesterov to false or name to sgd"
+        elif self.nesterov and self.momentum == 0.0:
+            yield "nesterov needs momentum, which is 0: set momentum (0.9 is usual) or nesterov to false"
 
 
 class ScheduleConfig(Section):
@@ -115,22 +135,33 @@ class ScheduleConfig(Section):
 
     kind: Literal["constant", "step", "cosine", "poly"] = "cosine"
     """course after warm-up"""
-    lr: Annotated[float, Field(gt=0.0)] = 0.1
+    lr: PositiveFloat = 0.1
     """peak learning rate, at a global batch of `reference_batch`"""
     reference_batch: Positive | None = None
     """scale lr by global batch / this (linear rule); none takes lr as it is"""
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    warmup_epochs: NonNegativeFloat = 0.0
     """epochs of linear warm-up"""
-    warmup_start: Annotated[float, Field(ge=0.0)] = 0.0
-    """learning rate at the first step of warm-up, on the scale of `lr` before scaling by batch"""
-    milestones: tuple[float, ...] = (30.0, 60.0, 80.0)
+    warmup_start: NonNegativeFloat = 0.0
+    """learning rate at the first step of warm-up, as it is: `reference_batch` does not scale it"""
+    milestones: Epochs = (30.0, 60.0, 80.0)
     """epochs at which `step` multiplies by gamma"""
-    gamma: Annotated[float, Field(gt=0.0)] = 0.1
+    gamma: PositiveFloat = 0.1
     """factor of `step`"""
-    power: Annotated[float, Field(gt=0.0)] = 2.0
+    power: PositiveFloat = 2.0
     """exponent of `poly`"""
-    final_lr: Annotated[float, Field(ge=0.0)] = 0.0
-    """where `cosine` and `poly` end"""
+    final_lr: NonNegativeFloat = 0.0
+    """where `cosine` and `poly` end; scaled by batch as lr is"""
+
+    def conflicts(self) -> Iterator[str]:
+        if any(late <= early for early, late in pairwise(self.milestones)):
+            yield f"milestones are {list(self.milestones)}, but must rise from each to the next"
+        if self.kind == "step" and self.milestones and self.milestones[0] < self.warmup_epochs:
+            yield (
+                f"the first of milestones, epoch {self.milestones[0]:g}, lies within the warm-up of "
+                f"{self.warmup_epochs:g} epochs (warmup_epochs): shorten the warm-up or move the milestone"
+            )
+        if self.kind in ("cosine", "poly") and self.final_lr > self.lr:
+            yield f"final_lr is {self.final_lr:g}, above lr ({self.lr:g}), but {self.kind} falls: lower final_lr"
 
 
 class EarlyStoppingConfig(Section):
@@ -140,7 +171,7 @@ class EarlyStoppingConfig(Section):
     """figure of each evaluation that is watched"""
     patience: Positive = 5
     """evaluations without improvement before the run stops"""
-    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    min_delta: NonNegativeFloat = 0.0
     """smallest change that counts as improvement"""
 
 
@@ -180,9 +211,9 @@ class CommConfig(Section):
 
     engine: Literal["auto", "horovod", "mpi", "torch", "serial"] = "auto"
     """auto picks by launcher and by what is installed, Horovod first"""
-    timeout_s: Annotated[float, Field(gt=0.0)] = 60.0
+    timeout_s: PositiveFloat = 60.0
     """how long a rank may show no progress before the job ends and names it"""
-    startup_timeout_s: Annotated[float, Field(gt=0.0)] = 300.0
+    startup_timeout_s: PositiveFloat = 300.0
     """the same until the first step is over"""
 
 
@@ -193,7 +224,7 @@ class GradientsConfig(Section):
     """type on the wire"""
     reduction: Literal["engine", "ordered"] = "engine"
     """engine: its own all-reduce; ordered: pairwise tree over worker numbers, the same bits on every engine"""
-    bucket_mib: Annotated[float, Field(gt=0.0)] = 16.0
+    bucket_mib: PositiveFloat = 16.0
     """size of a bucket, in MiB of fp32 gradients"""
     check_every_steps: Positive = 200
     """steps between comparisons of the ranks' parameters"""
@@ -240,3 +271,12 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    def conflicts(self) -> Iterator[str]:
+        if self.schedule.warmup_epochs > self.train.epochs:
+            yield (
+                f"schedule.warmup_epochs is {self.schedule.warmup_epochs:g}, longer than the training of "
+                f"{self.train.epochs} epochs (train.epochs): shorten it, or stop early with train.max_steps"
+            )
+        if self.data.decode == "gpu" and self.train.device == "cpu":
+            yield "data.decode=gpu needs a GPU, but train.device is cpu: set data.decode to cpu or auto"
