@@ -54,7 +54,9 @@ class _Layers:
                 self.places[tuple(parents[: depth + 1])] = place
             section = section[parent]
         section[last] = value
-        self.places[(*parents, last)] = place
+        here = (*parents, last)
+        self.places = {path: told for path, told in self.places.items() if path[: len(here)] != here}
+        self.places[here] = place
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

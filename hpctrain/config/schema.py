@@ -189,7 +189,7 @@ class TrainConfig(Section):
     target_accuracy: Fraction | None = None
     """stop at the first evaluation with this top-1"""
     last_batch: Literal["drop", "pad"] = "drop"
-    """what becomes of the samples beyond the last full global batch of an epoch: left out, or filled up from its start"""
+    """samples of an epoch beyond its last full global batch: drop them, or pad from the epoch's start"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """autocast type of forward and backward; parameters stay fp32"""
     channels_last: bool = False
