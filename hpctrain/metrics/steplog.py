@@ -1,0 +1,154 @@
+"""The run as it goes: one line of JSON a logged step in ``steps.jsonl``, one an evaluation in ``evals.jsonl``.
+
+Rank 0 appends while it trains; a line is one write, so a kill costs at most the line under way. The two kinds
+of line are in two files so that each file is a table. The summary of a finished run is ``record``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpctrain.errors import UserError
+from hpctrain.metrics.jsonfiles import cannot_write, encode_line, write_atomic
+
+STEPS_FILE = "steps.jsonl"
+EVALS_FILE = "evals.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class StepFigures:
+    """What is told of a logged step.
+
+    ``step`` counts finished optimizer steps, ``epoch`` passes over the training set (2.5: halfway through the
+    third). ``loss`` is the mean over the global batch, ``images_per_s`` the rate since the last logged step,
+    ``phases_s`` median seconds of each phase since then. ``counters`` become further keys of the line.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    images_per_s: float
+    phases_s: Mapping[str, float]
+    counters: Mapping[str, float] = field(default_factory=dict)
+
+    def to_line(self) -> dict[str, Any]:
+        """The stable keys, then the counters."""
+        line = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": self.loss,
+            "lr": self.lr,
+            "images_per_s": self.images_per_s,
+            "phases_s": dict(self.phases_s),
+        }
+        assert line.keys().isdisjoint(self.counters), f"a counter has a stable key's name: {sorted(self.counters)}"
+        return line | self.counters
+
+
+@dataclass(frozen=True, slots=True)
+class EvalFigures:
+    """One pass over the validation set after ``step``: fractions ``top1`` and ``top5`` of ``seen`` samples."""
+
+    step: int
+    epoch: float
+    loss: float
+    top1: float
+    top5: float
+    seen: int
+    seconds: float
+
+    def to_line(self) -> dict[str, Any]:
+        """The keys of a line of ``evals.jsonl``."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class StepLog:
+    """Writer of both files in ``run_dir``; rank 0 alone makes one.
+
+    On resume from ``resumed_step`` (0: a fresh run) the lines of later steps, and a torn last line, are
+    dropped first: those steps run again. Raises MachineError when a file cannot be written.
+    """
+
+    def __init__(self, run_dir: Path, resumed_step: int = 0) -> None:
+        self._steps = _open_after(run_dir / STEPS_FILE, resumed_step)
+        self._evals = _open_after(run_dir / EVALS_FILE, resumed_step)
+
+    def step(self, figures: StepFigures) -> None:
+        """Append one line to ``steps.jsonl``."""
+        _append(self._steps, figures.to_line())
+
+    def evaluation(self, figures: EvalFigures) -> None:
+        """Append one line to ``evals.jsonl``."""
+        _append(self._evals, figures.to_line())
+
+    def close(self) -> None:
+        """Close both files; further calls do nothing."""
+        self._steps.close()
+        self._evals.close()
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``steps.jsonl``, in order; a torn last line is left out.
+
+    Raises UserError when the file is missing or a line before the last is not a JSON object with a step.
+    """
+    return _read_lines(path)
+
+
+def read_evals(path: Path) -> list[dict[str, Any]]:
+    """The lines of an ``evals.jsonl``; as ``read_steps``."""
+    return _read_lines(path)
+
+
+def _open_after(path: Path, resumed_step: int) -> io.FileIO:
+    """``path`` open for appending, its lines ending with ``resumed_step``."""
+    if path.exists():
+        kept = [line for line in _read_lines(path) if line["step"] <= resumed_step]
+        write_atomic(path, b"".join(map(encode_line, kept)))
+    try:
+        return io.FileIO(path, "a")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _append(stream: io.FileIO, line: Mapping[str, Any]) -> None:
+    """One unbuffered write: what a killed process had logged is in the file."""
+    encoded = encode_line(line)
+    try:
+        written = stream.write(encoded)
+        if written < len(encoded):
+            # The system took a part: writing the rest tells why, or completes the line.
+            stream.write(encoded[written:])
+    except OSError as error:
+        raise cannot_write(Path(str(stream.name)), error) from error
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; name the folder of a run that has logged at least one step")
+    rows = path.read_bytes().split(b"\n")
+    while rows and not rows[-1].strip():
+        rows.pop()
+    lines: list[dict[str, Any]] = []
+    for number, row in enumerate(rows, start=1):
+        line = _parse(row)
+        if line is not None:
+            lines.append(line)
+        elif number < len(rows):
+            raise UserError(f"line {number} of {path} is damaged; delete that line, or restore the file from a copy")
+    return lines
+
+
+def _parse(row: bytes) -> dict[str, Any] | None:
+    """The object of one line, or None when it is not one with a step."""
+    try:
+        line = json.loads(row)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None

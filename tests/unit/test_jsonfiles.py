@@ -1,0 +1,56 @@
+"""JSON values and whole-or-absent files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hpctrain.errors import MachineError
+from hpctrain.metrics.jsonfiles import encode_line, write_atomic
+
+
+def test_values_become_valid_json() -> None:
+    value = {
+        "nan": float("nan"), "inf": [float("inf"), np.float32("-inf")], "numpy": np.float32(0.5), "count": np.int64(3),
+        "tensor": torch.tensor(2.5), "path": Path("a/b"), "pair": (1, None), 7: True,
+    }  # fmt: skip
+    line = encode_line(value)
+    assert line.endswith(b"\n")
+    assert line.count(b"\n") == 1
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    assert json.loads(line, parse_constant=refuse) == {
+        "nan": None, "inf": [None, None], "numpy": 0.5, "count": 3, "tensor": 2.5, "path": "a/b", "pair": [1, None],
+        "7": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("failing", ["os.fsync", "os.replace"])
+def test_failed_write_leaves_the_old_file_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path = tmp_path / "record.json"
+    write_atomic(path, b"old")
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"hpctrain.metrics.jsonfiles.{failing}", fail)
+    with pytest.raises(MachineError, match=r"cannot write .*record\.json: No space left on device; free the disk"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["record.json"]
+
+
+def test_write_into_a_missing_folder_is_a_machine_error(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"cannot write .*gone/x"):
+        write_atomic(tmp_path / "gone" / "x", b"")
