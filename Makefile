@@ -38,7 +38,7 @@ $(PACKAGES): pyproject.toml constraints.txt | $(BIN)/python
 
 horovod: $(HOROVOD)
 
-$(HOROVOD): $(PACKAGES) hpctrain/build_horovod.py hpctrain/horovod_mends.py
+$(HOROVOD): $(PACKAGES) $(wildcard hpctrain/build_horovod/*.py)
 	@echo "== Horovod: from the cache, or built from its source"
 	@$(BIN)/python -m hpctrain.build_horovod $(if $(filter 1,$(GPU)),--gpu)
 	@rm -f $(VENV)/.horovod-gpu* && touch $@

@@ -1,6 +1,6 @@
 """What must change in Horovod 0.28.1 before it compiles against a current torch and starts under Open MPI 5.
 
-Data, and how it is applied to the unpacked release; ``hpctrain.build_horovod`` does the building.
+Data, and how it is applied to the unpacked release; ``build`` does the rest.
 """
 
 from __future__ import annotations
