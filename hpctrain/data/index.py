@@ -60,18 +60,18 @@ class Index:
     def name(self, sample_id: int) -> str:
         """What to call a sample in a message: "shard.tar:member", or the path of its file."""
         record = self.samples[sample_id]
-        path, offset = self.shards[record["shard"]], int(record["offset"])
+        path, offset = str(self.shards[record["shard"]]), int(record["offset"])
         if offset == 0:
             return path
         try:
-            return f"{path}:{member_name(path, offset)}"
+            return f"{path}:{read_member(path, offset).name}"
         except (OSError, tarfile.HeaderError):
             # A name is asked for when something is wrong already: then the place has to do.
             return f"{path}:(byte {offset})"
 
 
-def member_name(path: str, offset: int) -> str:
-    """Name of the member of tar file ``path`` whose data start at byte ``offset``.
+def read_member(path: str, offset: int) -> tarfile.TarInfo:
+    """Header of the member of tar file ``path`` whose data start at byte ``offset``.
 
     Raises OSError when the file cannot be read, tarfile.HeaderError when no header precedes the data.
     """
@@ -80,13 +80,13 @@ def member_name(path: str, offset: int) -> str:
         block = os.pread(descriptor, TAR_BLOCK_BYTES, offset - TAR_BLOCK_BYTES)
     finally:
         os.close(descriptor)
-    return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").name
+    return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
 
 
 def load_samples(path: Path) -> np.ndarray:
     """Memory-map the RECORD table [n] in ``path``; raises UserError when the file holds anything else."""
     try:
-        samples = np.load(path, mmap_mode="r", allow_pickle=False)
+        samples: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: pack the data set again") from None
     except (ValueError, EOFError, OSError) as error:
