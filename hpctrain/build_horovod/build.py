@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,9 +36,15 @@ def run_reporting(
             try:
                 child.wait(REPORT_EVERY_S)
             except subprocess.TimeoutExpired:
-                print(f"  {what}: {time.monotonic() - started:.0f} s, {_tail(log, 1)[-100:]}", flush=True)
+                print(f"  {what}: {time.monotonic() - started:.0f} s, {_progress(log)[:100]}", flush=True)
     if child.returncode != 0:
         raise MachineError(f"{what} failed; the last lines of {log}:\n{_tail(log, 25)}")
+
+
+def _progress(log: Path) -> str:
+    """The newest line that counts what is done, as ninja's "[12/75] …" does, or the newest of all."""
+    counted = re.findall(r"^\[\d+/\d+\].*", log.read_text(errors="replace"), re.MULTILINE)
+    return counted[-1] if counted else _tail(log, 1)
 
 
 def _tail(log: Path, lines: int) -> str:
