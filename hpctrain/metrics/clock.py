@@ -81,7 +81,7 @@ class CudaTimer:
         self._pool: list[torch.cuda.Event] = []
 
     def mark(self) -> torch.cuda.Event:
-        event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
+        event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -89,7 +89,7 @@ class CudaTimer:
         mark.synchronize()
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        return start.elapsed_time(end) * 1e-3
+        return float(start.elapsed_time(end)) * 1e-3
 
     def reuse(self, marks: list[torch.cuda.Event]) -> None:
         self._pool.extend(marks)

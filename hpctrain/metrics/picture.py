@@ -25,7 +25,7 @@ _SMOOTHING_SHARE = 0.04
 _DPI = 200
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey print.
 _BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#555555"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 11, "axes.titlesize": 13, "axes.labelsize": 11, "legend.fontsize": 10, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.7,
     "axes.axisbelow": True, "legend.frameon": False,

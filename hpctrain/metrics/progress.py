@@ -74,9 +74,17 @@ def make_display(
         return SilentDisplay()
     stream = stream or sys.stdout
     course = Course(epochs, total_steps, first_step)
-    if stream.isatty() and os.environ.get("TERM") != "dumb":
-        return TerminalDisplay(course, stream)
-    return PlainDisplay(course, stream)
+    return TerminalDisplay(course, stream) if _is_watched(stream) else PlainDisplay(course, stream)
+
+
+def _is_watched(stream: TextIO) -> bool:
+    """Whether ``stream`` is the terminal of a person, where a line can be redrawn.
+
+    Open MPI gives each rank a terminal of its own, even where it tags the lines or they end in a file; but
+    standard input is none there.
+    """
+    owned = sys.stdin is not None and sys.stdin.isatty()
+    return owned and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Course:
@@ -127,10 +135,11 @@ class PlainDisplay:
 
     def start(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         self._course.start()
-        self._block(title, rows)
+        self._print(_block(title, rows))
 
     def step(self, figures: StepFigures) -> None:
-        self._print(f"{_step_line(self._course, figures)} ETA {self._course.eta(figures.step)}")
+        texts = (*_step_texts(self._course, figures), f"ETA {self._course.eta(figures.step)}")
+        self._print(" ".join(texts))
 
     def evaluation(self, figures: EvalFigures) -> None:
         self._print(_evaluation_line(self._course, figures))
@@ -139,14 +148,10 @@ class PlainDisplay:
         self._print(text)
 
     def finish(self, summary: Summary) -> None:
-        self._block("finished", summary.rows())
+        self._print(_block("finished", summary.rows()))
 
     def close(self) -> None:
         self._stream.flush()
-
-    def _block(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        width = max((len(name) for name, _ in rows), default=0)
-        self._print("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)]))
 
     def _print(self, text: str) -> None:
         # A batch job's locale may not have the letters of a path: a log with escapes beats a dead run.
@@ -155,7 +160,7 @@ class PlainDisplay:
 
 
 class TerminalDisplay:
-    """A bar that stays on the last line; evaluations and messages scroll past above it."""
+    """A bar that stays on the last two lines; evaluations and messages scroll past above it."""
 
     def __init__(self, course: Course, stream: TextIO) -> None:
         from rich.console import Console
@@ -164,33 +169,33 @@ class TerminalDisplay:
 
         self._course = course
         self._console = Console(file=stream, highlight=False)
-        # Redrawn once a second and at each logged step: the thread that draws shares a core with the loop.
+        # Once a second and at each logged step: the thread that draws takes its time from the loop.
         self._progress = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True), markup=False),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
-            TextColumn("ETA {task.fields[eta]}{task.fields[top1]}", table_column=Column(no_wrap=True), markup=False),
+            TextColumn("ETA {task.fields[eta]}\ntop-1 {task.fields[top1]}", table_column=Column(no_wrap=True)),
             console=self._console,
             refresh_per_second=1,
             expand=True,
         )
-        self._task = self._progress.add_task("first step", total=course.total_steps, eta="-", top1="")
+        self._task = self._progress.add_task("first step", total=course.total_steps, eta="-", top1="-")
 
     def start(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         self._course.start()
-        self._block(title, rows)
+        self.message(_block(title, rows))
         self._progress.start()
 
     def step(self, figures: StepFigures) -> None:
         self._progress.update(
             self._task,
             completed=figures.step,
-            description=_step_line(self._course, figures),
+            description="\n".join(_step_texts(self._course, figures)),
             eta=self._course.eta(figures.step),
             refresh=True,
         )
 
     def evaluation(self, figures: EvalFigures) -> None:
-        self._progress.update(self._task, top1=f" top-1 {_percent(figures.top1)}")
+        self._progress.update(self._task, top1=_percent(figures.top1))
         self.message(_evaluation_line(self._course, figures))
 
     def message(self, text: str) -> None:
@@ -198,28 +203,23 @@ class TerminalDisplay:
 
     def finish(self, summary: Summary) -> None:
         self._progress.stop()
-        self._block("finished", summary.rows())
+        self.message(_block("finished", summary.rows()))
 
     def close(self) -> None:
         self._progress.stop()
 
-    def _block(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        from rich.table import Table
-        from rich.text import Text
 
-        table = Table(title=Text(title), title_justify="left", show_header=False, box=None, padding=(0, 2))
-        # A path that wraps cannot be copied.
-        table.add_column(no_wrap=True, overflow="ignore")
-        table.add_column(no_wrap=True, overflow="ignore")
-        for name, value in rows:
-            table.add_row(Text(name), Text(value))
-        self._console.print(table, soft_wrap=True)
+def _block(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """A title and under it a table of names and values."""
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
-def _step_line(course: Course, figures: StepFigures) -> str:
+def _step_texts(course: Course, figures: StepFigures) -> tuple[str, str]:
+    """Where the run is, and how it does."""
     return (
-        f"epoch {course.epoch(figures.epoch)} step {figures.step}/{course.total_steps} loss {figures.loss:.4g} "
-        f"lr {figures.lr:.4g} {_rate(figures.images_per_s)} img/s"
+        f"epoch {course.epoch(figures.epoch)} step {figures.step}/{course.total_steps}",
+        f"loss {figures.loss:.4g} lr {figures.lr:.4g} {_rate(figures.images_per_s)} img/s",
     )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RECORD_FILE = "record.json"
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -176,5 +176,5 @@ def parameters_sha256(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name}\0{dtype}\0{'x'.join(map(str, tensor.shape))}\0".encode())
         elements = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
-        digest.update(elements.view(torch.uint8).numpy())
+        digest.update(elements.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -39,7 +39,7 @@ class StepFigures:
 
     def to_line(self) -> dict[str, Any]:
         """The stable keys, then the counters."""
-        line = {
+        line: dict[str, Any] = {
             "step": self.step,
             "epoch": self.epoch,
             "loss": self.loss,
@@ -48,7 +48,7 @@ class StepFigures:
             "phases_s": dict(self.phases_s),
         }
         assert line.keys().isdisjoint(self.counters), f"a counter has a stable key's name: {sorted(self.counters)}"
-        return line | self.counters
+        return {**line, **self.counters}
 
 
 @dataclass(frozen=True, slots=True)

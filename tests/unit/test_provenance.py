@@ -1,0 +1,137 @@
+"""Where a run came from: told cheaply, without secrets, and without ever ending the run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hpctrain
+from hpctrain.metrics import provenance
+from hpctrain.metrics.provenance import Provenance, relevant_environment
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_record_tells_software_machine_and_time() -> None:
+    record = Provenance(["node1", "node2"]).to_record()
+    json.dumps(record, allow_nan=False)
+    assert record["hosts"] == ["node1", "node2"]
+    assert record["python"] == "{}.{}.{}".format(*sys.version_info)
+    assert record["versions"]["hpctrain"] == hpctrain.__version__
+    assert {"torch", "numpy"} <= record["versions"].keys()
+    assert 1 <= record["cpu"]["cores_available"] <= record["cpu"]["cores_total"]
+    assert datetime.fromisoformat(record["start_utc"]).utcoffset() is not None
+    assert record["wall_s"] >= 0
+    assert 0 <= record["steal_share"] <= 1
+
+
+def test_only_steering_variables_are_kept() -> None:
+    environment = {
+        "NCCL_DEBUG": "INFO", "UCX_TLS": "rc", "OMPI_MCA_btl": "self", "HOROVOD_CYCLE_TIME": "1",
+        "OMP_NUM_THREADS": "4", "SLURM_JOB_ID": "77", "SLURM_JWT": "x", "HOME": "/root", "AWS_SECRET_ACCESS_KEY": "x",
+        "_HOROVOD_SECRET_KEY": "x", "HOROVOD_SECRET_KEY": "x", "OMPI_TOKEN": "x", "NCCL_password": "x",
+    }  # fmt: skip
+    kept = ["HOROVOD_CYCLE_TIME", "NCCL_DEBUG", "OMPI_MCA_btl", "OMP_NUM_THREADS", "SLURM_JOB_ID", "UCX_TLS"]
+    assert list(relevant_environment(environment)) == kept
+
+
+def test_failing_probe_leaves_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("driver gone")
+
+    for name in ("_versions", "_git_state", "_cpu", "_gpus"):
+        monkeypatch.setattr(provenance, name, fail)
+    monkeypatch.setattr(provenance.psutil, "cpu_times", fail)
+    monkeypatch.setattr(provenance.os, "getloadavg", fail)
+    record = Provenance([]).to_record()
+    for name in ("versions", "git", "cpu", "gpus", "load_average_start", "load_average_end", "steal_share"):
+        assert record[name] is None
+        assert record["unavailable"][name] == "RuntimeError: driver gone"
+
+
+@pytest.mark.parametrize("encode", [str, str.encode], ids=["text", "bytes of older bindings"])
+def test_gpus_are_named_with_their_driver(monkeypatch: pytest.MonkeyPatch, encode: Callable[[str], Any]) -> None:
+    calls: list[str] = []
+    driver = types.SimpleNamespace(
+        nvmlInit=lambda: calls.append("init"),
+        nvmlShutdown=lambda: calls.append("shutdown"),
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=lambda handle: encode(f"GPU {handle}"),
+        nvmlSystemGetDriverVersion=lambda: encode("580.1"),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    assert Provenance([]).to_record()["gpus"] == {"names": ["GPU 0", "GPU 1"], "driver": "580.1"}
+    assert calls == ["init", "shutdown"]
+
+
+def make_checkout(folder: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=n", "-c", "user.email=e"]
+        subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, timeout=30, capture_output=True)
+
+    (folder / "hpctrain").mkdir()
+    (folder / "hpctrain" / "__init__.py").write_text("")
+    git("init", "--quiet")
+    git("add", "hpctrain")
+    git("commit", "--quiet", "-m", "first")
+    git("tag", "v1")
+
+
+def test_checkout_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkout(tmp_path)
+    monkeypatch.setattr(provenance.hpctrain, "__file__", str(tmp_path / "hpctrain" / "__init__.py"))
+    clean = Provenance([]).to_record()["git"]
+    assert len(clean["commit"]) == 40
+    assert clean["dirty"] is False
+    (tmp_path / "hpctrain" / "__init__.py").write_text("changed = True\n")
+    assert Provenance([]).to_record()["git"] == {"commit": clean["commit"], "dirty": True}
+
+
+def test_package_installed_inside_another_checkout_has_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkout(tmp_path)
+    installed = tmp_path / ".venv" / "site-packages" / "hpctrain" / "__init__.py"
+    monkeypatch.setattr(provenance.hpctrain, "__file__", str(installed))
+    record = Provenance([]).to_record()
+    assert record["git"] is None
+    assert "git" not in record["unavailable"]
+
+
+def test_collecting_is_cheap_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, time; from hpctrain.metrics.provenance import Provenance\n"
+        "Provenance([]); started = time.process_time(); Provenance([]).to_record()\n"
+        "print(time.process_time() - started); assert not {'torch', 'horovod', 'mpi4py', 'cupy'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, timeout=60, check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 0.2
+
+
+def test_wall_time_and_steal_cover_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Times(tuple[float, ...]):
+        steal: float
+
+    def times(idle: float, steal: float) -> Times:
+        found = Times((idle, steal))
+        found.steal = steal
+        return found
+
+    readings = iter([times(100.0, 1.0), times(190.0, 11.0)])
+    monkeypatch.setattr(provenance.psutil, "cpu_times", lambda: next(readings))
+    begun = Provenance([])
+    time.sleep(0.02)
+    record = begun.to_record()
+    assert record["steal_share"] == 0.1
+    assert record["wall_s"] >= 0.02
