@@ -100,10 +100,11 @@ def open_packed(folder: Path) -> dict[str, Index]:
     another digest or number of samples, or where its first and last sample of a shard are not found there.
     """
     manifest = read_manifest(folder)
-    return {name: _open_split(folder, name, split, manifest.classes) for name, split in manifest.splits.items()}
+    return {name: open_split(folder, name, split, manifest.classes) for name, split in manifest.splits.items()}
 
 
-def _open_split(folder: Path, name: str, split: PackedSplit, classes: tuple[str, ...]) -> Index:
+def open_split(folder: Path, name: str, split: PackedSplit, classes: tuple[str, ...]) -> Index:
+    """The index of one split, checked as ``open_packed`` says."""
     for shard in split.shards:
         check_shard_size(folder / shard.name, shard)
     path = index_path(folder, name)
@@ -116,7 +117,7 @@ def _open_split(folder: Path, name: str, split: PackedSplit, classes: tuple[str,
     index = Index(samples, tuple(str(folder / shard.name) for shard in split.shards), classes)
     ends = np.cumsum(counts) - 1
     for sample_id in np.unique(np.r_[ends - counts + 1, ends][np.r_[counts, counts] > 0]):
-        check_member(index, int(sample_id))
+        find_member(index, int(sample_id))
     return index
 
 
@@ -137,8 +138,8 @@ def check_index_digest(path: Path, split: PackedSplit) -> None:
         raise UserError(f"{path} is not the index that belongs to its shards (its digest differs): {_REMEDY}")
 
 
-def check_member(index: Index, sample_id: int) -> None:
-    """Raise UserError unless a tar header of the right length precedes a sample's data."""
+def find_member(index: Index, sample_id: int) -> tarfile.TarInfo:
+    """The tar header of a sample; raises UserError unless one of the right length precedes its data."""
     record = index.samples[sample_id]
     path, offset = index.shards[record["shard"]], int(record["offset"])
     try:
@@ -147,3 +148,4 @@ def check_member(index: Index, sample_id: int) -> None:
         member = None
     if member is None or member.size != record["length"]:
         raise UserError(f"{path} does not hold sample {sample_id} where its index says (byte {offset}): {_REMEDY}")
+    return member

@@ -42,7 +42,7 @@ from hpctrain.data.manifest import (
 from hpctrain.data.progress import Progress, show_progress
 from hpctrain.data.shard import ShardWriter, sample_bytes, write_whole, writing
 from hpctrain.data.sources import Entry, Source
-from hpctrain.data.split import name_hash, safe_stem
+from hpctrain.data.split import name_hash, sample_key
 from hpctrain.errors import MachineError, UserError
 
 #: In the work folder: which pack it belongs to.
@@ -228,7 +228,7 @@ def _write_shard(
             except BadPicture as error:
                 corrupt.append(f"{source.place(entry)} {error}")
             else:
-                writer.add(f"{position:08d}-{safe_stem(entry.name)}", data, header, entry.label)
+                writer.add(sample_key(position, entry.name), data, header, entry.label)
             advance(1)
         shard, records = writer.finish()
     except BaseException:

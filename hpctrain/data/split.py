@@ -15,12 +15,27 @@ import numpy as np
 
 from hpctrain.errors import UserError
 
-_STEM_LENGTH = 60
+_NAME_LENGTH = 60
+
+
+def safe_name(name: str) -> str:
+    """A name fit for a WebDataset key: ASCII letters, digits, _ and - alone, at most 60 characters."""
+    return re.sub(r"[^A-Za-z0-9_\-]", "_", name)[:_NAME_LENGTH]
 
 
 def safe_stem(file_name: str) -> str:
-    """A file's name without its ending, fit for a WebDataset key: no dots or slashes, at most 60 characters."""
-    return re.sub(r"[^A-Za-z0-9_\-]", "_", PurePosixPath(file_name).stem)[:_STEM_LENGTH]
+    """``safe_name`` of a file's name without its ending."""
+    return safe_name(PurePosixPath(file_name).stem)
+
+
+def sample_key(position: int, file_name: str) -> str:
+    """WebDataset key of the sample at ``position`` of its split; unique by that number."""
+    return f"{position:08d}-{safe_stem(file_name)}"
+
+
+def stem_of_key(member_name: str) -> str:
+    """The ``safe_stem`` in the name of a member that was called by ``sample_key``."""
+    return PurePosixPath(member_name).stem.split("-", 1)[1]
 
 
 def name_hash(class_name: str, stem: str) -> int:
