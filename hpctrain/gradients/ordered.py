@@ -1,0 +1,47 @@
+"""A sum whose bits do not depend on the engine: all-to-all of chunks, a pairwise tree, all-gather.
+
+Engines only move bytes here, as many as a ring does (2 (N - 1) / N of the buffer out of each rank); the order
+of the additions is that of the worker numbers. Where the workers of a rank form a subtree (powers of two), the
+result is also the same for every split of the workers over ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpctrain.comm.base import Communicator, Work
+from hpctrain.gradients.reduction import Reduction
+
+
+def tree_sum_(rows: Tensor) -> Tensor:
+    """Sum ``rows`` [w, n] pairwise, neighbours first, into ``rows[0]``, which is returned; the rest is scratch.
+
+    The tree is ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)) …; a row without a partner waits for the next level.
+    """
+    count, stride = rows.size(0), 1
+    while stride < count:
+        rows[: count - stride : 2 * stride].add_(rows[stride :: 2 * stride])
+        stride *= 2
+    return rows[0]
+
+
+class OrderedReduction(Reduction):
+    """Each rank sums one chunk of the buffer. The length must be a multiple of the world size."""
+
+    _work: Work
+
+    def __init__(self, comm: Communicator, buffer: Tensor) -> None:
+        super().__init__(comm, buffer)
+        self._received = torch.empty_like(buffer)
+
+    def start(self) -> None:
+        self._work = self.comm.all_to_all_(self._received, self.buffer)
+
+    def proceed(self) -> None:
+        self._work.wait()
+        chunk = tree_sum_(self._received.view(self.comm.world_size, -1))
+        self._work = self.comm.all_gather_(self.buffer, chunk)
+
+    def wait(self) -> None:
+        self._work.wait()

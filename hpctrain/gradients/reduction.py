@@ -1,0 +1,52 @@
+"""How one buffer is summed over the ranks: the contract, and the engine's own all-reduce.
+
+A reduction belongs to one buffer and keeps what it needs for it, so a step allocates nothing. It knows nothing
+of parameters, and takes no mean.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from hpctrain.comm.base import Communicator, Work
+
+
+class Reduction(ABC):
+    """Sum ``buffer`` [n] over all ranks, in place, in up to two dependent collectives.
+
+    Every rank calls ``start`` for all buffers of a step in one order, then ``proceed`` for all in that order,
+    then ``wait``: so all ranks hand the same sequence of collectives to the engine.
+    """
+
+    def __init__(self, comm: Communicator, buffer: Tensor) -> None:
+        self.comm = comm
+        self.buffer = buffer
+
+    @abstractmethod
+    def start(self) -> None:
+        """Launch the first collective; returns at once."""
+
+    @abstractmethod
+    def proceed(self) -> None:
+        """Launch what depends on the first collective, if anything does."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Return when ``buffer`` holds the sum. Raises MachineError when the engine reports a failure."""
+
+
+class EngineReduction(Reduction):
+    """The engine's all-reduce: its own algorithm and order of summation."""
+
+    _work: Work
+
+    def start(self) -> None:
+        self._work = self.comm.all_reduce_(self.buffer)
+
+    def proceed(self) -> None:
+        return
+
+    def wait(self) -> None:
+        self._work.wait()
