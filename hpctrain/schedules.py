@@ -22,7 +22,7 @@ class Schedule:
     and step ``warmup_steps`` has ``peak``. After it:
 
     - ``constant``: ``peak``.
-    - ``step``: ``peak`` times ``gamma`` for each of ``milestones`` reached, counted from step 0 (Goyal et al. 2017, 5.1).
+    - ``step``: ``peak`` times ``gamma`` for each of ``milestones`` reached (counted from step 0; Goyal et al., 5.1).
     - ``cosine``: half a cosine from ``peak`` to ``final`` (Loshchilov and Hutter 2017, equation 5).
     - ``poly``: ``peak`` to ``final`` along ``(1 - t) ** power`` (You et al. 2017, with power 2).
 

@@ -123,11 +123,10 @@ def make_plan(
 
     Raises UserError, with one line for each thing that cannot work.
     """
-    workers = config.parallel.virtual_workers or world_size
-    batch_global = config.train.batch_per_worker * workers * config.train.accumulation
+    batch_global = config.train.batch_per_worker * world_size * config.train.accumulation
     faults = [
         *_worker_faults(config, world_size),
-        *_batch_faults(config, workers, train_samples),
+        *_batch_faults(config, world_size, train_samples),
         *_data_faults(config, val_samples, num_classes),
     ]
     if faults:
@@ -137,7 +136,7 @@ def make_plan(
     return Plan(
         world_size=world_size,
         nodes=num_nodes,
-        workers=workers,
+        workers=world_size,
         batch_per_worker=config.train.batch_per_worker,
         accumulation=config.train.accumulation,
         batch_global=batch_global,
