@@ -4,6 +4,9 @@ Names follow MPI. A trailing underscore means in place (or into the first argume
 values, encoded as JSON, never once a step. Buffers are contiguous one-dimensional torch tensors on the
 engine's device. There is no mean and no hidden copy: scaling belongs to ``hpctrain.gradients``.
 
+Every engine moves any dtype and reduces float16, float32, float64, int32 and int64; another dtype, such as
+bfloat16, is reduced where the engine can and is a UserError where it cannot.
+
 Every rank calls the same operations in the same order; an asynchronous operation is over when its ``Work``
 was waited for, and until then its buffers belong to the engine.
 """
@@ -80,9 +83,10 @@ class Communicator(ABC):
 
     @abstractmethod
     def split(self, ranks: Sequence[int]) -> Communicator | None:
-        """A communicator over ``ranks`` (of this group, in that order), or None on a rank outside it.
+        """A communicator over ``ranks`` of the world, ascending, or None on a rank outside them.
 
-        Collective over the whole group: every rank names the same ``ranks``.
+        Collective over the world: every rank names the same ``ranks``. The new topology counts rank and world size
+        in the group; its node part stays the job's. Raises ValueError when ``ranks`` is not ascending.
         """
 
     @abstractmethod

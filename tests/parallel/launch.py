@@ -47,7 +47,7 @@ _PREFIX_OF_LAUNCHER = {
     "torchrun": _TORCHRUN,
 }
 #: variables of a launcher around the test run itself that the job must not inherit
-_FOREIGN = ("OMPI_COMM_", "PMIX_", "PMI_", "HOROVOD_RANK", "HOROVOD_SIZE", "SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE")
+_FOREIGN = ("RANK", "WORLD_SIZE", "OMPI_COMM_", "PMIX_", "PMI_", "HOROVOD_", "SLURM_", "TORCHELASTIC_")
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,11 @@ def run_ranks(
     target = [script] if script.endswith(".py") else ["-m", script]
     run = launch(launcher or LAUNCHER_OF_ENGINE[engine], num_ranks, [sys.executable, *target, *args], timeout_s, env)
     missing = sorted(set(range(num_ranks)) - set(run.results))
-    assert run.returncode == 0 and not missing, (
-        f"{engine} on {num_ranks} ranks: exit {run.returncode}, timed out: {run.timed_out}, "
-        f"no result from ranks {missing}\n{run.output[-8000:]}"
-    )
+    if run.returncode or missing:
+        raise AssertionError(
+            f"{engine} on {num_ranks} ranks: exit {run.returncode}, timed out: {run.timed_out}, "
+            f"no result from ranks {missing}\n{run.output[-8000:]}"
+        )
     return [run.results[rank] for rank in range(num_ranks)]
 
 

@@ -1,0 +1,237 @@
+"""The Horovod engine: its negotiation, response cache and rings (NCCL on GPUs, MPI or Gloo on CPUs).
+
+Horovod is used as a library of collectives only; its optimizer wrappers, compression and averaging are not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpctrain.comm.base import Communicator, Op, Work
+from hpctrain.comm.checks import (
+    as_bytes,
+    faults,
+    require_ascending,
+    require_parts,
+    require_reducible,
+    require_same_world,
+)
+from hpctrain.comm.process import end_process
+from hpctrain.errors import UserError
+from hpctrain.topology.probe import Probe
+from hpctrain.topology.ranks import Topology
+
+NAME = "horovod"
+REMEDY = "build it for this torch with `make horovod` (or `python -m hpctrain.build_horovod`)"
+REMEDY_GPU = "build it with NCCL by `make horovod GPU=1`, or set comm.engine=torch"
+_REMEDY_WORLD = (
+    "start it with horovodrun, mpirun, or srun --mpi=pmix, of the MPI that Horovod was built with "
+    "(`hpctrain doctor` shows it), or set comm.engine=torch"
+)
+_REDUCIBLE = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64)
+# Horovod's own fusion packs buffers in an order that depends on timing, and sums in another order each time: with
+# it, one buffer gave 2 to 9 different results over repeated runs. Buckets arrive fused already.
+_ENVIRONMENT = {"HOROVOD_FUSION_THRESHOLD": "0", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+
+
+def probe() -> Probe:
+    """Import Horovod's torch extension and tell what it was compiled with."""
+    try:
+        import horovod
+        import horovod.torch as hvd
+    except ModuleNotFoundError as error:
+        return Probe(NAME, ok=False, reason=f"{error.name} is not installed", remedy=REMEDY)
+    except (ImportError, OSError, RuntimeError) as error:
+        return Probe(NAME, ok=False, reason=f"import horovod.torch fails: {error}", remedy=REMEDY)
+    parts = {"MPI": hvd.mpi_built, "gloo": hvd.gloo_built, "NCCL": hvd.nccl_built, "CUDA": hvd.cuda_built}
+    built_with = tuple(part for part, built in parts.items() if built())
+    weak = torch.cuda.is_available() and "NCCL" not in built_with
+    return Probe(
+        NAME,
+        ok=True,
+        versions={"horovod": horovod.__version__, "torch": torch.__version__},
+        built_with=built_with,
+        reason="built without NCCL: buffers of the GPU would travel through the host" if weak else "",
+        remedy=REMEDY_GPU if weak else "",
+    )
+
+
+def boot(topology: Topology, device: torch.device, timeout_s: float) -> Communicator:
+    """Join the job's Horovod world.
+
+    Raises UserError when Horovod's world is not the launcher's, or when it would move GPU buffers through the host.
+    """
+    import horovod.torch as hvd
+    from horovod.torch import mpi_ops
+
+    if device.type == "cuda" and not hvd.nccl_built():
+        raise UserError(f"Horovod was built without NCCL and would copy GPU buffers through the host: {REMEDY_GPU}")
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    with faults(topology, NAME, "start", RuntimeError, ValueError):
+        hvd.init()
+    require_same_world(topology, NAME, hvd.rank(), hvd.size(), _REMEDY_WORLD)
+    return HorovodCommunicator(topology, device, hvd.global_process_set, _Shared(mpi_ops, list(range(hvd.size()))))
+
+
+class _Names:
+    """Names of operations under way, reused so that Horovod's response cache knows them.
+
+    Ranks match operations by name, so a name depends only on the program's order of starts and waits: the lowest
+    number that is free among operations of the same kind, dtype and size.
+    """
+
+    def __init__(self) -> None:
+        self._taken: defaultdict[str, set[int]] = defaultdict(set)
+
+    def take(self, kind: str) -> tuple[str, int]:
+        taken = self._taken[kind]
+        number = next(number for number in range(len(taken) + 1) if number not in taken)
+        taken.add(number)
+        return kind, number
+
+    def give_back(self, name: tuple[str, int]) -> None:
+        self._taken[name[0]].discard(name[1])
+
+
+@dataclass
+class _Shared:
+    """What a world and the groups split from it have in common; ``ops`` is the module horovod.torch.mpi_ops."""
+
+    ops: Any
+    world: list[int]
+    names: _Names = field(default_factory=_Names)
+    process_sets: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+
+class _HorovodWork:
+    def __init__(self, comm: HorovodCommunicator, operation: str, start: Callable[[str], int], kind: str) -> None:
+        self._comm, self._operation = comm, operation
+        self._name = comm.shared.names.take(kind)
+        with comm.faults(operation):
+            self._handle: int | None = start(f"{kind}.{self._name[1]}")
+
+    def wait(self) -> None:
+        if self._handle is None:
+            return
+        handle, self._handle = self._handle, None
+        # Releases the interpreter lock while it blocks.
+        with self._comm.faults(self._operation):
+            self._comm.shared.ops.synchronize(handle)
+        self._comm.shared.names.give_back(self._name)
+
+
+class HorovodCommunicator(Communicator):
+    """A Horovod process set; ranks of the group are positions in it."""
+
+    name = NAME
+
+    def __init__(
+        self, topology: Topology, device: torch.device, process_set: Any, shared: _Shared, *, is_split: bool = False
+    ) -> None:
+        super().__init__(topology, device)
+        self._is_split = is_split
+        self.shared = shared
+        self._ops = shared.ops
+        self._process_set = process_set
+        self._world_ranks: list[int] = sorted(process_set.ranks) if process_set.process_set_id else shared.world
+
+    def faults(self, operation: str) -> Any:
+        from horovod.torch.mpi_ops import HorovodInternalError
+
+        return faults(self.topology, NAME, operation, HorovodInternalError)
+
+    def all_reduce_(self, buffer: Tensor, op: Op = "sum") -> Work:
+        require_reducible(NAME, buffer, _REDUCIBLE)
+        native = {"sum": self._ops.Sum, "min": self._ops.Min, "max": self._ops.Max}[op]
+        return self._start(
+            f"all_reduce_{op}",
+            buffer,
+            lambda name: self._ops.allreduce_async_(buffer, name=name, op=native, process_set=self._process_set),
+        )
+
+    # The public forms of the three operations below allocate their output; these take ours, which has the right
+    # size, so that Horovod's resize of it does nothing.
+    def reduce_scatter_(self, output: Tensor, buffer: Tensor) -> Work:
+        require_reducible(NAME, buffer, _REDUCIBLE)
+        require_parts(buffer, output, self.world_size)
+        return self._start(
+            "reduce_scatter",
+            buffer,
+            lambda name: self._ops._reducescatter_async(
+                buffer, output, name, self._ops.Sum, self._process_set, 1.0, 1.0
+            ),
+        )
+
+    def all_gather_(self, output: Tensor, buffer: Tensor) -> Work:
+        require_parts(output, buffer, self.world_size)
+        sent, received = as_bytes(buffer), as_bytes(output)
+        return self._start(
+            "all_gather", sent, lambda name: self._ops._allgather_async(sent, received, name, self._process_set)
+        )
+
+    def all_to_all_(self, output: Tensor, buffer: Tensor) -> Work:
+        require_parts(output, buffer, 1)
+        sent, received = as_bytes(buffer), as_bytes(output)
+        counts = torch.empty(self.world_size, dtype=torch.int32)
+        return self._start(
+            "all_to_all",
+            sent,
+            lambda name: self._ops._alltoall_async(sent, None, received, counts, name, self._process_set),
+        )
+
+    def broadcast_(self, buffer: Tensor, root: int = 0) -> Work:
+        moved, world_root = as_bytes(buffer), self._world_ranks[root]
+        return self._start(
+            f"broadcast_from_{root}",
+            moved,
+            lambda name: self._ops.broadcast_async_(moved, world_root, name=name, process_set=self._process_set),
+        )
+
+    def split(self, ranks: Sequence[int]) -> Communicator | None:
+        require_ascending(ranks)
+        if len(self._world_ranks) < len(self.shared.world):
+            raise ValueError("Horovod splits the world only: process sets are made by all ranks together")
+        members = tuple(self._world_ranks[rank] for rank in ranks)
+        if list(members) == self.shared.world:
+            return HorovodCommunicator(self.topology, self.device, self._process_set, self.shared, is_split=True)
+        # Horovod knows a set of ranks once only, and adding one is collective over the world.
+        if members not in self.shared.process_sets:
+            self.shared.process_sets[members] = self._ops.add_process_set(list(members))
+        if self.rank not in ranks:
+            return None
+        topology = replace(self.topology, rank=list(ranks).index(self.rank), world_size=len(ranks))
+        return HorovodCommunicator(topology, self.device, self.shared.process_sets[members], self.shared, is_split=True)
+
+    def barrier(self) -> None:
+        with self.faults("barrier"):
+            self._ops.barrier(self._process_set)
+
+    def abort(self, code: int) -> None:
+        # Launchers of Horovod end the job when a rank leaves with an error.
+        end_process(code)
+
+    def close(self) -> None:
+        if not self._is_split:
+            self._ops.shutdown()
+
+    def versions(self) -> dict[str, str]:
+        import horovod
+
+        controller = "mpi" if self._ops.mpi_enabled() else "gloo"
+        found = {"horovod": horovod.__version__, "horovod_controller": controller}
+        if (threshold := os.environ["HOROVOD_FUSION_THRESHOLD"]) != "0":
+            found["horovod_fusion_threshold"] = f"{threshold} (not reproducible)"
+        return found
+
+    def _start(self, operation: str, buffer: Tensor, start: Callable[[str], int]) -> Work:
+        group = self._process_set.process_set_id
+        kind = f"{operation}.{str(buffer.dtype).removeprefix('torch.')}.{buffer.numel()}.group{group}"
+        return _HorovodWork(self, operation, start, kind)

@@ -1,0 +1,52 @@
+"""Every engine keeps the communicator's contract on 1, 2, 3 and 4 ranks, under every launcher it is meant for."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.needs import needs
+from tests.parallel.contract import CHECKS
+from tests.parallel.launch import Run, launch
+
+JOBS = [
+    ("serial", "plain", 1),
+    *[("horovod", launcher, size) for launcher in ("mpirun", "horovodrun-gloo") for size in (1, 2, 3, 4)],
+    *[("mpi", "mpirun", size) for size in (1, 2, 3, 4)],
+    *[("torch", "torchrun", size) for size in (1, 2, 3, 4)],
+    ("horovod", "horovodrun", 2),
+    ("torch", "mpirun", 2),
+    ("torch", "horovodrun-gloo", 2),
+    ("horovod", "plain", 1),
+    ("mpi", "plain", 1),
+    ("torch", "plain", 1),
+]
+_MODULES = {"horovod": ("horovod",), "mpi": ("mpi4py",), "torch": (), "serial": ()}
+
+
+@functools.cache
+def run_contract(engine: str, launcher: str, size: int) -> Run:
+    """One start of the job serves all its checks."""
+    command = [sys.executable, "tests/parallel/contract.py", "--engine", engine]
+    return launch(launcher, size, command, timeout_s=60)
+
+
+def _cases() -> Iterator[object]:
+    for engine, launcher, size in JOBS:
+        for check in CHECKS:
+            yield pytest.param(engine, launcher, size, check, id=f"{engine}-{launcher}-{size}-{check[6:]}")
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize(("engine", "launcher", "size", "check"), list(_cases()))
+def test_contract(engine: str, launcher: str, size: int, check: str) -> None:
+    needs(*_MODULES[engine], *(["horovod"] if launcher.startswith("horovodrun") else []))
+    run = run_contract(engine, launcher, size)
+    failures = {rank: found["failures"] for rank, found in run.results.items()}
+    for rank, found in sorted(failures.items()):
+        assert check not in found, f"rank {rank}: {found[check]}"
+    assert not any(failures.values()), f"not run after a failure of {[list(found) for found in failures.values()]}"
+    assert (run.returncode, len(run.results), run.survivors) == (0, size, 0), run.output[-6000:]
