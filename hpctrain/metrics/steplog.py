@@ -118,13 +118,11 @@ def _open_after(path: Path, resumed_step: int) -> io.FileIO:
 
 
 def _append(stream: io.FileIO, line: Mapping[str, Any]) -> None:
-    """One unbuffered write: what a killed process had logged is in the file."""
-    encoded = encode_line(line)
+    """Unbuffered, so that what a killed process had logged is in the file; one write, unless the disk runs full."""
+    left = encode_line(line)
     try:
-        written = stream.write(encoded)
-        if written < len(encoded):
-            # The system took a part: writing the rest tells why, or completes the line.
-            stream.write(encoded[written:])
+        while left:
+            left = left[stream.write(left) :]
     except OSError as error:
         raise cannot_write(Path(str(stream.name)), error) from error
 

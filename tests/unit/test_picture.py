@@ -96,7 +96,7 @@ def test_short_curve_is_not_cut() -> None:
 
 def test_smoothing_ignores_a_spike_and_bridges_gaps() -> None:
     values = np.full(100, 2.0)
-    values[40] = 900.0
-    values[60] = np.nan
+    values[[0, 40]] = np.inf, 900.0
+    values[60:62] = np.nan, np.inf
     assert smoothed(values).tolist() == [2.0] * 100
     assert np.isnan(smoothed(np.full(3, np.nan))).all()

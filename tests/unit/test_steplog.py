@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,6 +130,19 @@ def test_full_disk_is_a_machine_error(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match=r"cannot write .*steps\.jsonl: No space left on device"):
         log.step(STEP)
     log.close()
+
+
+def test_line_that_the_system_takes_in_two_parts_is_whole(tmp_path: Path) -> None:
+    class Hesitant(io.FileIO):
+        def write(self, content: Any) -> int:
+            return super().write(content[: max(20, len(content) // 2)])
+
+    log = StepLog(tmp_path)
+    log._steps.close()
+    log._steps = Hesitant(tmp_path / "steps.jsonl", "a")
+    log.step(STEP)
+    log.close()
+    assert steps_of(tmp_path) == [1]
 
 
 def test_missing_log_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import psutil
 import pytest
 import torch
@@ -63,7 +65,9 @@ def test_slope_is_the_growth_after_the_start(process: FakeProcess, samples: int)
     record = use.to_record()
     assert record["memory_slope_bytes_per_step"] == pytest.approx(4096, abs=1)
     assert record["rss_peak_bytes"] == process.rss
-    assert len(use._samples) <= 512
+    kept = [step for step, _ in use._samples]
+    assert len(kept) <= 512
+    assert len({later - earlier for earlier, later in pairwise(kept)}) == 1, "the kept samples are evenly spaced"
 
 
 def test_constant_memory_has_no_slope(process: FakeProcess) -> None:
