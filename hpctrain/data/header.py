@@ -86,8 +86,8 @@ def read_file_header(path: str | Path) -> tuple[Header, int]:
 def check_end(data: bytes, header: Header) -> None:
     """Raise BadPicture when a picture is cut short.
 
-    A picture with its end marker is taken as whole, so this costs nothing for most; the others are decoded,
-    because decoders accept a lacking marker after the last pixel. Errors within the data are not searched.
+    A picture that ends with its end marker is taken as whole, so this costs nothing for most; the others are
+    decoded, because many have something after it. Errors within the data are not searched for.
     """
     marker = b"\xff\xd9" if header.format == "jpeg" else b"IEND"
     if marker not in data[-64:]:
@@ -102,8 +102,7 @@ def decode(data: bytes) -> None:
         except Image.DecompressionBombError as error:
             raise BadPicture("corrupt", str(error)) from error
         except (OSError, SyntaxError, ValueError, struct.error) as error:
-            fault: Fault = "truncated" if "truncated" in str(error).lower() else "corrupt"
-            raise BadPicture(fault, f"does not decode: {error}") from error
+            raise BadPicture(_fault(error), f"does not decode: {error}") from error
 
 
 def _open(data: bytes) -> Image.Image:
@@ -112,7 +111,11 @@ def _open(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise BadPicture("not-an-image", "is neither a JPEG nor a PNG") from None
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise BadPicture("corrupt", f"has a broken header: {error}") from error
+        raise BadPicture(_fault(error), f"has a broken header: {error}") from error
+
+
+def _fault(error: Exception) -> Fault:
+    return "truncated" if "truncated" in str(error).lower() else "corrupt"
 
 
 def _orientation(image: Image.Image) -> int:

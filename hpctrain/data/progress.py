@@ -18,7 +18,8 @@ _LINE_EVERY_S = 10.0
 @contextmanager
 def show_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Tell on standard error how many pictures are done, how many a second and how long it will take."""
-    if not sys.stderr.isatty():
+    # Open MPI gives each rank a terminal of its own, which nobody looks at; standard input is none there.
+    if not (sys.stderr.isatty() and sys.stdin.isatty()):
         yield _Lines(title, total)
         return
     from rich import progress
