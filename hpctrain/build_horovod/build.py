@@ -21,6 +21,8 @@ from hpctrain.build_horovod.target import Cuda, Target, check_tools, describe, f
 from hpctrain.errors import MachineError
 
 REPORT_EVERY_S = 20.0
+#: what the compiler takes for the largest file, horovod/torch/mpi_ops_v2.cc
+GIB_PER_JOB = 2.5
 SCRIPTS = sysconfig.get_path("scripts")
 PIP = (sys.executable, "-m", "pip")
 
@@ -79,7 +81,8 @@ def build(target: Target, cuda: Cuda | None, folder: Path, environ: Mapping[str,
 
 
 def _compile_environ(target: Target) -> dict[str, str]:
-    jobs = str(len(os.sched_getaffinity(0)))
+    memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    jobs = str(max(1, min(len(os.sched_getaffinity(0)), int(memory_gib / GIB_PER_JOB))))
     return {
         "HOROVOD_LOCAL_VERSION": target.local_version,
         "HOROVOD_WITH_PYTORCH": "1",

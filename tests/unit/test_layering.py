@@ -34,11 +34,11 @@ COMM_FOR = {"comm", "train", "bench", "doctor"}
 
 # Libraries with state of their own or a heavy import: the files that may import them, and only inside functions.
 CONFINED = {
-    "horovod": {"comm/horovod.py"},
-    "mpi4py": {"comm/mpi.py"},
-    "cupy": {"comm/mpi.py"},
+    "horovod": {"comm/horovod_engine.py"},
+    "mpi4py": {"comm/mpi_engine.py"},
+    "cupy": {"comm/cupy_nccl.py"},
     "nvidia.dali": {"data/dali.py"},
-    "torch.distributed": {"comm/torch.py", "comm/sidechannel.py"},
+    "torch.distributed": {"comm/torch_engine.py"},
 }
 FORBIDDEN = {"torchvision", "tests", "benchmarks"}
 
