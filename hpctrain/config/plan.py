@@ -193,8 +193,11 @@ def _batch_faults(config: Config, workers: int, train_samples: int) -> Iterator[
 
 
 def _data_faults(config: Config, val_samples: int, num_classes: int) -> Iterator[str]:
-    if val_samples < 1:
-        yield "The data set has no validation samples: give it a folder `val`, or set data.val_fraction (0.1, say)."
+    if val_samples < 1 and config.train.eval_every_epochs is not None:
+        yield (
+            "The data set has no validation samples: give it a folder `val`, set data.val_fraction (0.1, say), "
+            "or train.eval_every_epochs=none."
+        )
     if num_classes < 2:
         yield f"The data set has {num_classes} class, but a classifier needs at least 2: add a folder for each class."
     elif config.data.num_classes is not None and config.data.num_classes < num_classes:

@@ -61,6 +61,8 @@ class DataConfig(Section):
 
     path: str | None = None
     """packed folder (of `hpctrain data pack`) or image folder; the synthetic loader needs none"""
+    builtin: Literal["digits"] | None = None
+    """a small set that is made at `path` when nothing is there"""
     loader: Literal["auto", "dali", "torch", "synthetic"] = "auto"
     """auto takes DALI where it works, else torch, and says so"""
     image_size: Positive = 224
@@ -107,6 +109,8 @@ class DataConfig(Section):
             yield f"crop_aspect is [{narrowest:g}, {widest:g}]: put the smaller aspect first"
         if self.decode == "gpu" and self.loader in ("torch", "synthetic"):
             yield f"decode=gpu needs DALI, but loader is {self.loader}: set loader to dali, or decode to cpu"
+        if self.builtin is not None and self.path is None:
+            yield f"builtin={self.builtin} makes its set at path, which is not set: name a folder, such as data/digits"
 
 
 class OptimizerConfig(Section):
@@ -200,10 +204,15 @@ class TrainConfig(Section):
     """evaluate an exponential moving average of the parameters with this decay a step"""
     early_stopping: EarlyStoppingConfig | None = None
     """off unless given"""
-    eval_every_epochs: Positive = 1
-    """epochs between evaluations; the last epoch is always evaluated"""
+    eval_every_epochs: Positive | None = 1
+    """epochs between evaluations; the end of the run is always evaluated; none evaluates never"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one"""
+
+    def conflicts(self) -> Iterator[str]:
+        for key in ("target_accuracy", "early_stopping"):
+            if self.eval_every_epochs is None and getattr(self, key) is not None:
+                yield f"{key} waits for evaluations, but eval_every_epochs is none: set it, or leave {key} out"
 
 
 class CommConfig(Section):

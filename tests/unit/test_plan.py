@@ -140,7 +140,8 @@ def test_the_model_gets_the_larger_number_of_classes() -> None:
         (
             {},
             {"val_samples": 0},
-            "The data set has no validation samples: give it a folder `val`, or set data.val_fraction (0.1, say).",
+            "The data set has no validation samples: give it a folder `val`, set data.val_fraction (0.1, say), "
+            "or train.eval_every_epochs=none.",
         ),
         (
             {},
@@ -160,6 +161,10 @@ def test_what_cannot_work_is_refused_with_the_remedy(
     with pytest.raises(UserError) as caught:
         plan_of(sections, **counts)
     assert str(caught.value) == sentence
+
+
+def test_a_run_without_evaluations_needs_no_validation_samples() -> None:
+    assert plan_of({"train": {"eval_every_epochs": None}}, val_samples=0).val_samples == 0
 
 
 def test_all_refusals_are_listed() -> None:
