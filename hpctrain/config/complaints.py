@@ -46,7 +46,7 @@ def _sentences(error: ErrorDetails, path: tuple[int | str, ...], place: str) -> 
     if kind == "value_error":
         prefix = f"{key}: " if key else ""
         yield from (f"{prefix}{sentence}." for sentence in str(error["ctx"]["error"]).splitlines())
-    elif kind == "extra_forbidden":
+    elif kind in ("extra_forbidden", "invalid_key"):
         yield _unknown_key(tuple(map(str, path)), error, place)
     elif kind == "missing":
         yield f"{key} is missing in {place}."

@@ -50,7 +50,10 @@ for _cls in (_Loader, _Dumper):
 
 def parse_yaml(text: str) -> Any:
     """The value that ``text`` stands for; raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    loader = _Loader(text)
+    node = loader.get_single_node()
+    # Deep, so that an alias within its own anchor is an error here and no endless structure later.
+    return None if node is None else loader.construct_object(node, deep=True)
 
 
 def dump_yaml(value: Any) -> str:

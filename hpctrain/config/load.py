@@ -147,6 +147,8 @@ def _where(error: yaml.YAMLError) -> str:
     """What the parser found, and in which line (counted from 1)."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if problem.startswith("but "):
+        problem = f"{getattr(error, 'context', '')} {problem}"
     return f"{problem} in line {mark.line + 1}" if mark else problem
 
 
