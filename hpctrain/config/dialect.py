@@ -58,4 +58,4 @@ def parse_yaml(text: str) -> Any:
 
 def dump_yaml(value: Any) -> str:
     """``value`` as text that ``parse_yaml`` turns back into it, keys in their order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=False)

@@ -168,7 +168,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "it is not UTF-8 text" in complaint(tmp_path / "picture.yaml")
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda text: text != "none")
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=120).filter(lambda text: text != "none")
 
 
 @st.composite
