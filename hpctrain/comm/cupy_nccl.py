@@ -43,7 +43,7 @@ def start_nccl(host: Communicator, device: torch.device) -> Communicator:
     shared_id = tuple(host.broadcast_object(unique_id))
     with faults(host.topology, NAME, "NCCL start", nccl.NcclError), torch.cuda.device(device):
         comm = nccl.NcclCommunicator(host.world_size, shared_id, host.rank)
-        return CupyNcclCommunicator(host, device, nccl, comm, torch.cuda.Stream(device))
+        return CupyNcclCommunicator(host, device, nccl, comm, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 class _StreamWork:

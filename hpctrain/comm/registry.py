@@ -33,7 +33,8 @@ _CPU = torch.device("cpu")
 
 def probe(name: str) -> Probe:
     """What engine ``name`` says of itself; UserError for a name there is not."""
-    return _module(name).probe()
+    answer: Probe = _module(name).probe()
+    return answer
 
 
 def choose(requested: str, topology: Topology, device: torch.device = _CPU) -> tuple[str, str]:
@@ -61,14 +62,13 @@ def create(name: str, topology: Topology, device: torch.device, timeout_s: float
 
     Raises UserError for an unknown or unavailable engine, and when its world is not the launcher's.
     """
-    module = _module(name)
-    answer: Probe = module.probe()
+    answer = probe(name)
     if not answer.ok:
         others = [other for other in ENGINES if other != name and probe(other).ok]
         raise UserError(
             f"the {name} engine does not work here ({answer.reason}): {answer.remedy}; available: {', '.join(others)}"
         )
-    comm: Communicator = module.boot(topology, device, timeout_s)
+    comm: Communicator = _module(name).boot(topology, device, timeout_s)
     comm.topology = place(comm.topology, comm.all_gather_object(topology.host))
     return comm
 

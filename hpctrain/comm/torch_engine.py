@@ -30,7 +30,7 @@ def probe() -> Probe:
     """Which of torch's backends were compiled in."""
     import torch.distributed as dist
 
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     if not dist.is_available():
         remedy = "install a torch with torch.distributed"
         return Probe(NAME, ok=False, versions=versions, reason="torch was built without distributed", remedy=remedy)
@@ -43,10 +43,10 @@ def open_store(host: str, port: int, *, serve: bool, timeout_s: float) -> Any:
 
     Port 0 lets the server pick one, then found as ``.port``. The server's thread runs without the interpreter lock.
     """
-    from torch.distributed import TCPStore
+    import torch.distributed as dist
 
     limit = datetime.timedelta(seconds=timeout_s)
-    return TCPStore(host, port, is_master=serve, wait_for_workers=False, timeout=limit)
+    return dist.TCPStore(host, port, is_master=serve, wait_for_workers=False, timeout=limit)  # type: ignore[attr-defined]
 
 
 def boot(topology: Topology, device: torch.device, timeout_s: float) -> Communicator:
@@ -71,12 +71,12 @@ def _meet(topology: Topology, timeout_s: float) -> Any:
     import torch.distributed as dist
 
     if topology.world_size == 1:
-        return dist.HashStore()
+        return dist.HashStore()  # type: ignore[attr-defined]
     point = rendezvous(os.environ, topology)
     with faults(topology, NAME, f"rendezvous at {point.host}:{point.port}", RuntimeError):
         store = open_store(point.host, point.port, serve=topology.rank == 0, timeout_s=timeout_s)
     # A rank that reached another job's store by accident finds none of its keys there.
-    return dist.PrefixStore(point.job, store)
+    return dist.PrefixStore(point.job, store)  # type: ignore[attr-defined]
 
 
 class _TorchWork:
@@ -168,7 +168,7 @@ class TorchCommunicator(Communicator):
     def versions(self) -> dict[str, str]:
         found = {"torch": torch.__version__, "torch_backend": self._dist.get_backend(self._group)}
         if self.device.type == "cuda":
-            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
         return found
 
     def _start(self, operation: str, start: Callable[[], Any]) -> Work:

@@ -1,0 +1,178 @@
+"""The watch of a rank over itself and its peers: it ends this process when another has failed or none moves on.
+
+Two daemon threads: one talks to the side channel and may block there, the other only looks at clocks, so that a
+hung host of rank 0 cannot silence it. The training thread tells where it stands by ``beat``, a single assignment.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from typing import NoReturn
+
+from hpctrain.comm.abort import Guard
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.lateness import PHASES, describe, find_late
+from hpctrain.comm.process import end_process
+from hpctrain.comm.side_channel import Heartbeat, LastWords, SideChannel, within
+
+_POLL_S = 1.0
+#: how long a failing rank lets the others read why, and how long they look before they call an error their own
+LINGER_S = 3.0
+
+
+class Watch:
+    """Started by its constructor; with one rank there is nobody to watch and no thread."""
+
+    def __init__(self, channel: SideChannel, comm: Communicator, timeout_s: float, startup_timeout_s: float) -> None:
+        self.comm = comm
+        self._channel = channel
+        self._timeout_s, self._startup_timeout_s = timeout_s, startup_timeout_s
+        self._mark: tuple[int, str] = (0, PHASES[0])
+        self._first_step: int | None = None
+        self._moved_at = self._answered_at = time.monotonic()
+        self._readings: list[list[Heartbeat]] = []
+        self._suspicious = threading.Event()
+        self._closing = threading.Event()
+        self._threads: list[threading.Thread] = []
+        if comm.world_size > 1:
+            self._threads = [
+                threading.Thread(target=loop, name=f"hpctrain-{name}", daemon=True)
+                for name, loop in (("channel", self._talk), ("watch", self._look))
+            ]
+        for thread in self._threads:
+            thread.start()
+
+    def beat(self, step: int, phase: str) -> None:
+        """Say that the training thread enters ``phase`` (one of ``PHASES``) of ``step``. Costs an assignment."""
+        self._mark = (step, phase)
+
+    def guard(self) -> Guard:
+        """A context whose uncaught exceptions end the job on all ranks."""
+        return Guard(self)
+
+    @property
+    def place(self) -> str:
+        """Who and where this rank is, for the head of a message."""
+        step, phase = self._mark
+        return f"rank {self.comm.rank} on host {self.comm.topology.host}, step {step}, phase {phase}"
+
+    def report_failure(self, summary: str, printed: str, *, kind: str = "error", code: int = 1) -> None:
+        """Print ``printed`` and make the line ``summary`` the job's last words, unless another rank's came first:
+        then that rank's are told in one line and this process ends.
+
+        Returns when the others have read them, after ``LINGER_S`` at the most. ``kind`` and ``code`` as in
+        ``LastWords``.
+        """
+        claimed: list[bool] = []
+        if self._threads and within(LINGER_S, lambda: claimed.append(self._channel.claim())) and not claimed[0]:
+            self.wait_for_cause()
+        print(printed, file=sys.stderr, flush=True)
+        if self._threads:
+            step, phase = self._mark
+            words = LastWords(self.comm.rank, self.comm.topology.host, step, phase, kind, summary, code)
+            within(LINGER_S, lambda: self._channel.write_last_words(words))
+            within(LINGER_S, lambda: self._channel.wait_acknowledged(LINGER_S))
+
+    def wait_for_cause(self) -> None:
+        """Give another rank's last words the time to arrive; they end this process."""
+        time.sleep(LINGER_S)
+
+    def close(self) -> None:
+        """End the watch after a good end. Collective; rank 0 leaves last, within the timeout."""
+        if not self._threads:
+            return
+        self._closing.set()
+        within(self._timeout_s, lambda: self._channel.leave(self._timeout_s))
+        for thread in self._threads:
+            thread.join(2 * _POLL_S)
+
+    def _talk(self) -> None:
+        """Publish this rank's heartbeat, and end with the job when it has last words."""
+        count = 0
+        try:
+            while not self._closing.wait(_POLL_S):
+                count += 1
+                self._channel.beat(self._heartbeat(count))
+                if (words := self._channel.last_words()) is not None and words.rank != self.comm.rank:
+                    self._channel.acknowledge()
+                    self._end_after(words)
+                if self._suspicious.is_set():
+                    self._readings.append(self._channel.heartbeats())
+                self._answered_at = time.monotonic()
+        except RuntimeError:
+            self._end_without_store()
+
+    def _look(self) -> None:
+        """Compare this rank's own progress with the time it may take."""
+        seen = self._mark
+        while not self._closing.wait(_POLL_S):
+            if self._mark is not seen:
+                seen = self._mark
+                self._moved_at = time.monotonic()
+                self._suspicious.clear()
+                self._readings = []
+            self._note_start(*seen)
+            limit_s = self._limit_s()
+            waited_s = time.monotonic() - self._moved_at
+            if waited_s > limit_s - min(4 * _POLL_S, limit_s / 2):
+                self._suspicious.set()
+            if waited_s > limit_s:
+                self._end_late(waited_s)
+
+    def _note_start(self, step: int, phase: str) -> None:
+        if self._first_step is None and phase != PHASES[0]:
+            self._first_step = step
+
+    def _limit_s(self) -> float:
+        """The startup limit holds until a first step is over, whatever number a resumed run begins at."""
+        started = self._first_step is not None and self._mark[0] > self._first_step
+        return self._timeout_s if started else max(self._timeout_s, self._startup_timeout_s)
+
+    def _heartbeat(self, count: int) -> Heartbeat:
+        step, phase = self._mark
+        age_s = time.monotonic() - self._moved_at
+        return Heartbeat(self.comm.rank, self.comm.topology.host, step, phase, age_s, count)
+
+    def _end_late(self, waited_s: float) -> NoReturn:
+        option = "comm.timeout_s" if self._limit_s() == self._timeout_s else "comm.startup_timeout_s"
+        readings = self._readings
+        if len(readings) < 2:
+            text = (
+                f"no progress for {waited_s:.0f} s in {self.place}: rank 0, which keeps the side channel, has not "
+                f"answered for {time.monotonic() - self._answered_at:.0f} s; raise {option} if that may take so long"
+            )
+        else:
+            text = describe(find_late(readings[0], readings[-1]), waited_s, option)
+        self.report_failure(text, f"[{self.place}] {text}{self._stack_if_named(text)}", kind="late")
+        end_process(1)
+
+    def _end_after(self, words: LastWords) -> NoReturn:
+        """Tell in one line what another rank said, and end."""
+        author = f"rank {words.rank} on host {words.host}"
+        if words.kind == "late":
+            self._print(f"{author} found {words.summary}; this rank stops{self._stack_if_named(words.summary)}")
+        elif words.kind == "error":
+            place = f"in step {words.step}, phase {words.phase}"
+            self._print(f"{author} failed {place}: {words.summary}; this rank stops")
+        end_process(words.code)
+
+    def _end_without_store(self) -> None:
+        """Rank 0's server closed the connection. After a good end that is as it should be."""
+        if self._closing.wait(_POLL_S):
+            return
+        self._print("rank 0, which keeps the side channel, is gone without a word; this rank stops")
+        end_process(1)
+
+    def _print(self, line: str) -> None:
+        print(f"[{self.place}] {line}", file=sys.stderr, flush=True)
+
+    def _stack_if_named(self, line: str) -> str:
+        """Where the late rank's training thread stands, which that rank alone can tell."""
+        main = threading.main_thread().ident
+        frame = sys._current_frames().get(main) if main is not None else None
+        if frame is None or f"rank {self.comm.rank} (host" not in line:
+            return ""
+        return f"\nrank {self.comm.rank} stands at\n" + "".join(traceback.format_stack(frame)).rstrip()
