@@ -11,8 +11,6 @@ import io
 import numpy as np
 from PIL import Image
 
-from hpctrain.config.schema import DataConfig
-
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
@@ -28,6 +26,11 @@ _ORIENTATIONS: dict[int, tuple[bool, bool, Image.Transpose | None]] = {
     7: (True, True, Image.Transpose.TRANSVERSE),
     8: (False, True, Image.Transpose.ROTATE_90),
 }
+
+
+#: Resolution left to the last, exact resize, as a multiple of the output's. On real photographs 2 differs from
+#: no shortcut by at most half a grey level on average over a picture, 1 by up to four.
+REDUCING_GAP = 2
 
 
 def looks_whole(data: bytes) -> bool:
@@ -68,17 +71,17 @@ def stored_window(window: np.ndarray, record: np.void) -> tuple[int, int, int, i
 def decode(data: bytes, record: np.void, window: np.ndarray, flip: bool, size: int, channels: int) -> np.ndarray:
     """The window (x, y, w, h) of one upright picture, resized to ``size`` and mirrored: uint8 [size, size, channels].
 
-    Where the window is at least twice the output, the JPEG is decoded at half, a quarter or an eighth of its
-    size. Raises what Pillow raises when the file is broken.
+    A JPEG is decoded at a fraction of its size, and a picture shrunk by whole factors, as long as that leaves at
+    least twice the resolution asked for. Raises what Pillow raises when the file is broken.
     """
     x, y, w, h = stored_window(window, record)
     image: Image.Image = Image.open(io.BytesIO(data))
     mode, full_size = ("RGB" if channels == 3 else "L"), image.size
-    image.draft(mode, (full_size[0] * size // w, full_size[1] * size // h))
+    image.draft(mode, (REDUCING_GAP * full_size[0] * size // w, REDUCING_GAP * full_size[1] * size // h))
     image = _in_mode(image, mode)
     scale_x, scale_y = image.size[0] / full_size[0], image.size[1] / full_size[1]
     box = (x * scale_x, y * scale_y, (x + w) * scale_x, (y + h) * scale_y)
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=REDUCING_GAP)
     turn = _ORIENTATIONS[int(record["orientation"])][2]
     if turn is not None:
         image = image.transpose(turn)
@@ -92,10 +95,3 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion cuts values off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert(mode)
-
-
-def channel_statistics(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and divisor of each channel, on the scale 0-255; a single grey channel takes the averages of three."""
-    if config.channels == 3:
-        return config.mean, config.std
-    return (sum(config.mean) / 3,), (sum(config.std) / 3,)

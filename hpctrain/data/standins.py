@@ -16,10 +16,11 @@ from hpctrain.data.reader import SampleReader
 from hpctrain.errors import UserError
 
 
-class Sources:
+class GuardedReader:
     """The files of one index, each known to be whole, with stand-ins for those that are not.
 
-    ``corrupt`` has a line for each sample found unusable, in the order they came. Two threads may use it.
+    ``faults`` has each sample found unusable, ``corrupt`` a line that names it, in the order they came. Two
+    threads may use it.
     """
 
     def __init__(self, config: DataConfig, index: Index) -> None:
@@ -27,7 +28,8 @@ class Sources:
         self._config = config
         self._index = index
         self._reader = SampleReader(index)
-        self._unusable: set[int] = set()
+        #: sample id -> what is wrong with it
+        self.faults: dict[int, str] = {}
         self._judged_good: set[int] = set()
 
     def fetch(self, sample_ids: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
@@ -46,7 +48,7 @@ class Sources:
 
     def judge(self, sample_id: int, data: bytes) -> bool:
         """Whether Pillow or the index finds fault with a sample, which is then reported."""
-        if sample_id in self._unusable:
+        if sample_id in self.faults:
             return True
         if sample_id in self._judged_good:
             return False
@@ -59,12 +61,12 @@ class Sources:
 
     def report(self, sample_id: int, reason: str) -> None:
         """Count a sample as corrupt from now on; raises UserError when that makes too many."""
-        if sample_id in self._unusable:
+        if sample_id in self.faults:
             return
-        self._unusable.add(sample_id)
+        self.faults[sample_id] = reason
         name = self._index.name(sample_id)
         self.corrupt.append(f"{name}: {reason}")
-        count, samples, limit = len(self._unusable), len(self._index), self._config.max_corrupt_share
+        count, samples, limit = len(self.faults), len(self._index), self._config.max_corrupt_share
         if count > limit * samples or count == samples:
             raise UserError(
                 f"{count} of {samples} samples ({count / samples:.2%}) cannot be decoded, more than "
@@ -78,9 +80,9 @@ class Sources:
 
     def _with_stand_ins(self, sample_ids: np.ndarray) -> np.ndarray:
         ids = sample_ids.copy()
-        if self._unusable:
+        if self.faults:
             for position, sample_id in enumerate(ids.tolist()):
-                while sample_id in self._unusable:
+                while sample_id in self.faults:
                     sample_id = (sample_id + 1) % len(self._index)
                 ids[position] = sample_id
         return ids

@@ -1,46 +1,61 @@
-"""Small pictures and image folders for tests of the data store."""
+"""Small picture sets that tests make themselves: noise over gradients, in any size, format and orientation."""
 
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from hpctrain.data.index import RECORD, Index
 
-def picture(seed: int, width: int = 24, height: int = 16, mode: str = "RGB") -> Image.Image:
-    """A picture of random colours, the same for the same seed."""
-    depth = {"L": 1, "RGB": 3, "CMYK": 4}[mode]
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, depth), dtype=np.uint8)
-    return Image.fromarray(coarse.squeeze(), mode).resize((width, height), Image.Resampling.BILINEAR)
+_ORIENTATION_TAG = 0x0112
 
 
-def encoded(
-    seed: int, width: int = 24, height: int = 16, mode: str = "RGB", form: str = "JPEG", orientation: int | None = None
-) -> bytes:
-    """The same as a file's bytes, with an EXIF orientation where one is given."""
-    buffer = io.BytesIO()
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A colour picture with gradients that tell left from right and top from bottom, and some noise."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = 128 + 80 * np.sin(x / 9.0) * np.cos(y / 13.0)
+    pixels = np.stack([x * 255 / max(width - 1, 1), y * 255 / max(height - 1, 1), waves], axis=-1)
+    noise = np.random.default_rng(seed).normal(0, 8, pixels.shape)
+    return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, orientation: int = 1, image_format: str = "JPEG") -> bytes:
+    """``image`` as a file, stored as it is and marked as to be turned by ``orientation``."""
     exif = Image.Exif()
-    if orientation is not None:
-        exif[0x0112] = orientation
-    picture(seed, width, height, mode).save(buffer, form, exif=exif)
+    if orientation != 1:
+        exif[_ORIENTATION_TAG] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, exif=exif.tobytes(), **({"quality": 92} if image_format == "JPEG" else {}))
     return buffer.getvalue()
 
 
-def image_folder(root: Path, parts: dict[str, int], classes: tuple[str, ...] = ("ant", "bee", "cat")) -> Path:
-    """An image folder: ``parts`` gives the pictures a class of each part, "" meaning no split."""
-    seed = 0
-    for part, per_class in parts.items():
-        for name in classes:
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for number in range(per_class):
-                (folder / f"{name}{number}.jpg").write_bytes(encoded(seed, 16 + seed % 5, 12 + seed % 3))
-                seed += 1
-    return root
+def index_of(folder: Path, files: list[bytes], num_classes: int = 3) -> Index:
+    """Writes ``files`` into ``folder`` and indexes them; what cannot be opened is indexed as 64 x 48."""
+    samples = np.zeros(len(files), RECORD)
+    shards = []
+    for number, data in enumerate(files):
+        path = folder / f"{number:04}.jpg"
+        path.write_bytes(data)
+        shards.append(os.fspath(path))
+        width, height, orientation = 64, 48, 1
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        except OSError:
+            pass
+        if orientation >= 5:
+            width, height = height, width
+        samples[number] = (number, 0, len(data), number % num_classes, width, height, orientation)
+    return Index(samples, tuple(shards), tuple(str(label) for label in range(num_classes)))
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    """Contents of all files below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def picture_set(folder: Path, count: int = 24) -> Index:
+    """``count`` JPEGs of different sizes."""
+    rng = np.random.default_rng(7)
+    sizes = rng.integers(40, 120, (count, 2))
+    return index_of(folder, [encoded(picture(int(w), int(h), seed)) for seed, (w, h) in enumerate(sizes)])

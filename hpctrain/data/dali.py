@@ -1,0 +1,266 @@
+"""The main loader: NVIDIA DALI decodes, on CPU or GPU, exactly what the host asks for.
+
+DALI is given bytes, windows and flips; its readers and random operators, which have a state of their own, are
+not used, so a batch is a function of its request alone. This is the only file that imports nvidia.dali, and
+only when a loader is made.
+
+What was found out about DALI 2.4 and is relied on (tests hold it): with ``adjust_orientation`` windows are in
+coordinates of the upright picture; its CPU decoder gives the same pixels as Pillow for RGB, grey, CMYK and PNG; after an
+error a pipeline is of no further use; with the dynamic executor an output lives as long as it is referred to.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpctrain.config.schema import DataConfig
+from hpctrain.data.augment import Views
+from hpctrain.data.index import Index
+from hpctrain.data.normalise import Normaliser
+from hpctrain.data.readahead import ReadAhead
+from hpctrain.data.standins import GuardedReader
+from hpctrain.data.types import Batch, Request
+from hpctrain.errors import MachineError
+from hpctrain.topology.probe import Probe
+
+#: Batches whose files are in memory, beside those that DALI has in work.
+READ_AHEAD = 2
+#: Batches that DALI has in work while the trainer computes.
+IN_WORK = 2
+
+_PACKAGES = {13: "nvidia-dali-cuda130", 12: "nvidia-dali-cuda120"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A request with its files and views: all that DALI needs for it.
+
+    ``files`` are uint8 arrays that share memory with the bytes read, ``corners`` and ``sizes`` [n, 2] and
+    ``flips`` [n] int32 and contiguous: DALI reads all of them in place.
+    """
+
+    request: Request
+    sample_ids: np.ndarray
+    files: list[np.ndarray]
+    corners: np.ndarray
+    sizes: np.ndarray
+    flips: np.ndarray
+
+    def inputs(self) -> tuple[Any, ...]:
+        """The pipeline's inputs, in its order."""
+        return self.files, self.corners, self.sizes, self.flips
+
+    def one(self, position: int) -> Prepared:
+        """The sample at ``position`` by itself."""
+        part = slice(position, position + 1)
+        return Prepared(self.request, self.sample_ids[part], *(column[part] for column in self.inputs()))
+
+
+def build_pipeline(
+    config: DataConfig, device: torch.device, batch_size: int, threads: int, source: Callable[[], tuple[Any, ...]]
+) -> Any:
+    """DALI's pipeline from files and views to pictures, uint8 [batch, size, size, channels].
+
+    Decodes on ``device``. ``source`` gives ``Prepared.inputs`` of the next batch, or raises StopIteration.
+    """
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import Pipeline
+
+    on_gpu = device.type == "cuda"
+    pipeline = Pipeline(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=(device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=IN_WORK,
+    )
+    with pipeline:
+        files, corners, sizes, flips = fn.external_source(
+            source=source,
+            num_outputs=4,
+            no_copy=True,
+            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
+            ndim=[1, 1, 1, 0],
+        )
+        pictures = fn.decoders.image_slice(
+            files,
+            corners,
+            sizes,
+            device="mixed" if on_gpu else "cpu",
+            axis_names="WH",
+            normalized_anchor=False,
+            normalized_shape=False,
+            adjust_orientation=True,
+            output_type=types.RGB if config.channels == 3 else types.GRAY,
+        )
+        side = float(config.image_size)
+        pictures = fn.resize(pictures, resize_x=side, resize_y=side, interp_type=types.INTERP_LINEAR, antialias=True)
+        pipeline.set_outputs(fn.flip(pictures, horizontal=flips, vertical=0))
+    pipeline.build()
+    return pipeline
+
+
+class _Feed:
+    """What a pipeline is fed from, and the batches it has in work.
+
+    The pipeline refers to its feed, so the files that DALI reads in place outlive the pipeline, whatever
+    error or interpreter exit ends it.
+    """
+
+    def __init__(self, coming: Iterator[Prepared]) -> None:
+        self.coming = coming
+        #: fed, output not yet taken
+        self.in_work: deque[Prepared] = deque()
+
+    def __call__(self) -> tuple[Any, ...]:
+        """Called by DALI for each batch it starts; StopIteration tells it of the end."""
+        prepared = next(self.coming)
+        self.in_work.append(prepared)
+        return prepared.inputs()
+
+
+class DaliLoader:
+    """See ``hpctrain.data.types.Loader``. One stream at a time; the pipeline is kept from one to the next."""
+
+    name = "dali"
+
+    def __init__(
+        self, config: DataConfig, index: Index, *, seed: int, device: torch.device, batch_size: int, threads: int
+    ) -> None:
+        self._config = config
+        self._index = index
+        self._device = device
+        self._decode_device = torch.device("cpu") if config.decode == "cpu" else device
+        self._batch_size = batch_size
+        self._threads = threads
+        self._views = Views(config, seed, index)
+        self._files = GuardedReader(config, index)
+        self.corrupt = self._files.corrupt
+        self._normalise = Normaliser(config, batch_size, device)
+        self._feed = _Feed(iter(()))
+        self._pipeline: Any = None
+
+    def load(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """Yield one batch a request; raises UserError when too many samples are corrupt."""
+        read_ahead = ReadAhead(self._prepare, requests, READ_AHEAD)
+        self._feed.coming = read_ahead
+        try:
+            self._schedule()
+            while self._feed.in_work:
+                images = self._normalise(self._take())
+                prepared = self._feed.in_work.popleft()
+                # Before the batch is used, so that decoding goes on while the trainer computes.
+                self._schedule()
+                labels = torch.from_numpy(self._index.labels[prepared.sample_ids])
+                yield Batch(images, labels.to(self._device), prepared.request)
+            self._pipeline.reset()
+        except BaseException:
+            self._drop_pipeline()  # it has batches in work that nobody will take
+            raise
+        finally:
+            read_ahead.close()
+
+    def close(self) -> None:
+        """Give up the pipeline and close all files."""
+        self._drop_pipeline()
+        self._files.close()
+
+    def _prepare(self, request: Request) -> Prepared:
+        ids, files = self._files.fetch(request.sample_ids)
+        windows, flips = self._views.of(request, ids)
+        arrays = [np.frombuffer(data, dtype=np.uint8) for data in files]
+        corners, sizes = (np.ascontiguousarray(part) for part in (windows[:, :2], windows[:, 2:]))
+        return Prepared(request, ids, arrays, corners, sizes, flips.astype(np.int32))
+
+    def _schedule(self) -> None:
+        if self._pipeline is None:
+            self._pipeline = build_pipeline(
+                self._config, self._decode_device, self._batch_size, self._threads, self._feed
+            )
+        self._pipeline.schedule_run()
+
+    def _drop_pipeline(self) -> None:
+        self._pipeline = None
+        self._feed = _Feed(iter(()))
+
+    def _take(self) -> Tensor:
+        """Wait for the oldest batch in work; where a corrupt sample broke the pipeline, start again from there."""
+        while True:
+            try:
+                return self._output()
+            except RuntimeError as error:
+                failure = str(error)
+            broken = self._feed
+            self._drop_pipeline()
+            self._report_corrupt(list(broken.in_work), failure)
+            # Prepared anew, the corrupt samples have stand-ins.
+            again = map(self._prepare, [batch.request for batch in broken.in_work])
+            self._feed.coming = itertools.chain(again, broken.coming)
+            self._schedule()
+
+    def _output(self) -> Tensor:
+        if self._decode_device.type == "cpu":
+            (pictures,) = self._pipeline.share_outputs()
+            self._pipeline.release_outputs()
+            return torch.from_dlpack(pictures.as_tensor())
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        # Bound to the stream that uses it and copied there: DALI may reuse its memory in the order of that
+        # stream, while kernels that read the batch are still queued.
+        stream = torch.cuda.current_stream(self._device)
+        (pictures,) = self._pipeline.share_outputs(stream)
+        tensor = pictures.as_tensor()
+        copy = torch.empty(tensor.shape(), dtype=torch.uint8, device=self._device)
+        feed_ndarray(tensor, copy, cuda_stream=stream)
+        self._pipeline.release_outputs()
+        return copy
+
+    def _report_corrupt(self, batches: list[Prepared], failure: str) -> None:
+        """Report each sample of ``batches`` that cannot be decoded; raises MachineError when there is none."""
+        # Pillow looks first: it says what is wrong with a file, which DALI does not.
+        found = [
+            self._files.judge(sample_id, data.tobytes())
+            for batch in batches
+            for sample_id, data in zip(batch.sample_ids.tolist(), batch.files, strict=True)
+        ]
+        if not any(found):
+            found = [self._refuses(batch.one(position)) for batch in batches for position in range(len(batch.files))]
+        if not any(found):
+            raise MachineError(f"DALI failed on a batch whose pictures it decodes one by one: {failure}")
+
+    def _refuses(self, sample: Prepared) -> bool:
+        """Whether DALI cannot decode a sample that Pillow can; it is then reported."""
+        try:
+            build_pipeline(self._config, self._decode_device, 1, 1, sample.inputs).run()
+        except RuntimeError:
+            self._files.report(int(sample.sample_ids[0]), "DALI cannot decode it, though Pillow can")
+            return True
+        return False
+
+
+def package_name() -> str:
+    """The distribution to install for the CUDA at hand; "nvidia-dali" itself is a placeholder that fails."""
+    major = int((torch.version.cuda or "13").split(".")[0])
+    return _PACKAGES.get(major, _PACKAGES[13])
+
+
+def probe() -> Probe:
+    """Whether DALI imports here, and its version."""
+    remedy = f"pip install {package_name()}"
+    try:
+        import nvidia.dali
+        import nvidia.dali.fn
+    except (ImportError, OSError) as error:
+        return Probe("dali", False, reason=f"nvidia.dali cannot be imported ({error})", remedy=remedy)
+    installed = importlib.metadata.packages_distributions().get("nvidia", [])
+    names = [name for name in installed if name.startswith("nvidia-dali")]
+    versions = {name: importlib.metadata.version(name) for name in names} or {"dali": str(nvidia.dali.__version__)}
+    return Probe("dali", True, versions=versions)
