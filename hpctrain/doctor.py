@@ -17,14 +17,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hpctrain import __version__
-from hpctrain.comm.registry import ENGINES, choose
-from hpctrain.comm.registry import probe as probe_engine
-from hpctrain.data.loaders import LOADERS, choose_loader
-from hpctrain.data.loaders import probe as probe_loader
+from hpctrain.comm import registry
+from hpctrain.data import loaders as loader_registry
 from hpctrain.errors import UserError
 from hpctrain.topology.probe import Probe
 from hpctrain.topology.ranks import Topology
@@ -65,8 +64,9 @@ class Report:
 
 def examine() -> Report:
     """Ask every engine and loader, then all of them together. Takes some seconds a library."""
-    engines = tuple(ask(f"engine:{name}", name) for name in ENGINES)
-    loaders = tuple(ask(f"loader:{name}", name) for name in LOADERS)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        engines = tuple(pool.map(lambda name: ask(f"engine:{name}", name), registry.ENGINES))
+        loaders = tuple(pool.map(lambda name: ask(f"loader:{name}", name), loader_registry.LOADERS))
     launchers = {name: path for name in LAUNCHERS if (path := shutil.which(name))}
     gpus, gpu_problems = _gpus()
     sound = [f"engine:{answer.name}" for answer in engines if answer.ok]
@@ -118,7 +118,8 @@ def print_answer(arguments: Sequence[str]) -> None:
 
 def _probe(what: str) -> dict[str, Any]:
     kind, _, name = what.partition(":")
-    return (probe_engine if kind == "engine" else probe_loader)(name).to_record()
+    answer = registry.probe(name) if kind == "engine" else loader_registry.probe(name)
+    return answer.to_record()
 
 
 def _together(*sound: str) -> dict[str, Any]:
@@ -129,8 +130,7 @@ def _together(*sound: str) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     situations = [Topology(), *(Topology(world_size=2, launcher=name) for name in LAUNCHERS if shutil.which(name))]
     choices = [_choose(topology, device) for topology in situations]
-    picked, why = choose_loader("auto", device)
-    choices.append(Choice("data.loader", picked, why))
+    choices.append(Choice("data.loader", *loader_registry.choose("auto")))
     with open("/proc/self/maps") as maps:
         mapped = mapped_libraries(maps.read())
     auto = [asdict(choice) for choice in choices]
@@ -141,7 +141,7 @@ def _together(*sound: str) -> dict[str, Any]:
 def _choose(topology: Topology, device: Any) -> Choice:
     situation = "plain python" if topology.launcher == "none" else topology.launcher
     try:
-        return Choice(situation, *choose("auto", topology, device))
+        return Choice(situation, *registry.choose("auto", topology, device))
     except UserError as error:
         return Choice(situation, "", str(error))
 
@@ -167,7 +167,11 @@ def distribution_problems(names: Sequence[str] | None = None) -> list[str]:
     if names is None:
         names = [distribution.name.lower() for distribution in importlib.metadata.distributions()]
     problems = []
-    for pattern, what in ((r"nvidia-nccl-cu\d+", "NCCL"), (r"nvidia-dali(-.*)?-cuda\d+", "DALI"), (r"cupy.*", "CuPy")):
+    for pattern, what in (
+        (r"nvidia-nccl-cu\d+", "NCCL"),
+        (r"nvidia-dali-cuda\d+", "DALI"),
+        (r"cupy(-(cuda|rocm).*)?", "CuPy"),
+    ):
         found = sorted({name for name in names if re.fullmatch(pattern, name)})
         if len(found) > 1:
             problems.append(f"{what} is installed {len(found)} times ({', '.join(found)}): uninstall all but one")
