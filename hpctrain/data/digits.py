@@ -1,8 +1,8 @@
 """`hpctrain data digits`: the 1,797 handwritten digits that scikit-learn ships, as a packed data set.
 
 The set is the test part of Alpaydin and Kaynak 1998, "Optical Recognition of Handwritten Digits" (UCI): 8 x 8
-pixels of 17 grey levels. They are enlarged to 32 x 32 before they become JPEG, because a digit that fills one
-8 x 8 block of JPEG would lose its strokes.
+pixels of 17 grey levels. Each pixel becomes a square of 4 x 4 before JPEG, because a digit that fills one
+8 x 8 block of JPEG would lose its strokes; the mean over a square gives its grey level back.
 """
 
 from __future__ import annotations
@@ -64,5 +64,5 @@ def _jpeg(picture: np.ndarray) -> bytes:
     """One digit [8, 8] with values 0 … 16 as a grey JPEG, 32 x 32."""
     grey = Image.fromarray((picture * (255 / _LEVELS)).round().astype(np.uint8))
     buffer = io.BytesIO()
-    grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    grey.resize((SIDE, SIDE), Image.Resampling.NEAREST).save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return buffer.getvalue()

@@ -80,12 +80,10 @@ def _train_members(path: Path) -> Iterator[tuple[str, str, int, int]]:
                 file.seek(start)
                 # Offsets of the inner archive come out as those of the outer file: it is opened at its place.
                 with tarfile.open(fileobj=file, mode="r:") as inner:
-                    for name, offset, length in members_of(inner, f"{path}:{wordnet_id}.tar"):
-                        if offset + length > start + size:
-                            raise UserError(f"{path}:{wordnet_id}.tar is cut short within {name}: fetch it again")
+                    for name, offset, length in members_of(inner, f"{path}:{wordnet_id}.tar", start + size):
                         yield wordnet_id, PurePosixPath(name).name, offset, length
             except tarfile.TarError as error:
-                raise UserError(f"{path}:{wordnet_id}.tar is not a whole tar archive ({error})") from error
+                raise UserError(f"{path}:{wordnet_id}.tar is not a whole tar archive ({error}): fetch it again") from error
 
 
 def _val_members(path: Path) -> Iterator[tuple[int, str, int, int]]:
@@ -118,10 +116,11 @@ def _devkit_files(path: Path) -> dict[str, bytes]:
 def _wordnet_ids(meta: bytes, source: Path) -> dict[int, str]:
     try:
         from scipy.io import loadmat  # type: ignore[import-untyped]
+        from scipy.io.matlab import MatReadError  # type: ignore[import-untyped]
     except ImportError:
         raise UserError(f"reading {_META} of {source} needs scipy: pip install scipy") from None
     try:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         return {int(number): str(name) for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
-    except (ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
+    except (MatReadError, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
         raise UserError(f"{_META} of {source} cannot be read ({error}): fetch the devkit again") from error

@@ -112,10 +112,7 @@ def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
     try:
         end = path.stat().st_size
         with tarfile.open(path, "r:") as archive:
-            for name, offset, size in members_of(archive, str(path)):
-                if offset + size > end:
-                    raise UserError(f"{path} is cut short within {name}: fetch it again")
-                yield name, offset, size
+            yield from members_of(archive, str(path), end)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the path") from None
     except tarfile.TarError as error:
@@ -124,14 +121,23 @@ def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
         raise MachineError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def members_of(archive: tarfile.TarFile, source: str) -> Iterator[tuple[str, int, int]]:
-    """Name, offset of its data and length of each regular file of an open archive."""
+def members_of(archive: tarfile.TarFile, source: str, end: int) -> Iterator[tuple[str, int, int]]:
+    """Name, offset of its data and length of each regular file of an open archive that lies before byte ``end``.
+
+    Raises tarfile.ReadError where the archive has no end mark: tarfile itself takes the first header that it
+    cannot read for the end, and so would lose the rest without a word.
+    """
     while (member := archive.next()) is not None:
         if member.islnk() or member.issym():
             raise UserError(f"{source} holds {member.name} as a link: make it again with `tar --hard-dereference -h`")
+        if member.offset_data + member.size > end:
+            raise tarfile.ReadError(f"cut short within {member.name}")
         if member.isreg():
             yield member.name, member.offset_data, member.size
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header it has seen: a gigabyte for ImageNet's
+    archive.fileobj.seek(archive.offset)
+    if archive.offset + tarfile.BLOCKSIZE > end or archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no end mark where one should be, at byte {archive.offset}")
 
 
 def _splits(path: Path, places: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

@@ -6,7 +6,7 @@ import pytest
 
 from hpctrain.data import header
 from hpctrain.data.header import BadPicture, check_end, decode, is_image_name, read_file_header, read_header
-from tests.unit.pictures import encoded
+from tests.unit.image_folders import encoded
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])

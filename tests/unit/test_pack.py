@@ -21,7 +21,7 @@ from hpctrain.data.reader import SampleReader
 from hpctrain.data.shard import ShardWriter
 from hpctrain.errors import MachineError, UserError
 from tests.needs import needs
-from tests.unit.pictures import encoded, image_folder, tree
+from tests.unit.image_folders import encoded, image_folder, tree
 
 SMALL = PackOptions(shard_mb=0.02, jobs=1)  # half a dozen pictures a shard
 
@@ -155,7 +155,7 @@ def test_corrupt_pictures_are_refused_or_left_out(folder: Path, tmp_path: Path) 
     (folder / "train/bee/bee1.jpg").write_bytes(b"")
     (folder / "train/cat/cat0.jpg").write_text("this is text")
     (folder / "val/ant/ant0.jpg").write_bytes(encoded(1, 300, 300)[:-300])
-    with pytest.raises(UserError, match="3 pictures of .*src cannot be used") as caught:
+    with pytest.raises(UserError, match=r"3 pictures of .*src cannot be used") as caught:
         packed(folder, tmp_path / "dst")
     for line in ("train/bee/bee1.jpg is empty", "train/cat/cat0.jpg is neither", "val/ant/ant0.jpg does not decode"):
         assert line in str(caught.value)
@@ -201,9 +201,14 @@ def test_destinations_that_are_taken(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_unfinished_pack_of_something_else(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ShardWriter, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        packed(folder, tmp_path / "dst")
+    def interrupted(self: ShardWriter) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            packed(folder, tmp_path / "dst")
+    assert not list((tmp_path / "dst").rglob("*.tar"))
     for options in (PackOptions(shard_mb=0.05), SMALL):
         (folder / "train/ant/ant0.jpg").write_bytes(encoded(99, 60, 60))
         with pytest.raises(UserError, match="holds an unfinished pack of another source or with other options"):
@@ -224,7 +229,7 @@ def test_two_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         first = threading.Thread(target=packed, args=(folder, tmp_path / "dst"))
         first.start()
         begun.wait(10)
-        with pytest.raises(UserError, match="another process packs into .*dst: wait for it, or run one task only"):
+        with pytest.raises(UserError, match=r"another process packs into .*dst: wait for it, or run one task only"):
             packed(folder, tmp_path / "dst")
         over.set()
         first.join(10)
