@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hpctrain import __version__
-from hpctrain.errors import HpctrainError
+from hpctrain.errors import HpctrainError, UserError
 
 app = typer.Typer(
     name="hpctrain",
@@ -27,7 +27,8 @@ app.add_typer(bench_app)
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML recipe, such as configs/quickstart.yaml")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one key, as in train.epochs=5; repeatable")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="change one key, as in train.epochs=5; repeatable"),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result there as JSON")]
 
@@ -62,12 +63,15 @@ def train(
     One rank: `hpctrain train …`; more: `horovodrun -np N hpctrain train …`, or the same behind mpirun, srun
     or torchrun.
     """
+    from hpctrain.config.load import load_config
+
+    settings = load_config(config, overrides or [])
     from hpctrain.train.main import print_plan, train_command
 
     if dry_run:
-        print_plan(config, overrides or [])
+        print_plan(settings)
     else:
-        train_command(config, overrides or [], resume=resume, run_dir=run_dir)
+        train_command(settings, config.stem, resume=resume, run_dir=run_dir)
 
 
 @app.command("eval")
@@ -103,6 +107,17 @@ def pack(
     skip_corrupt: Annotated[bool, typer.Option(help="leave out pictures that cannot be read, naming them")] = False,
 ) -> None:
     """Write SOURCE as WebDataset shards with an index; run again, it goes on where it was stopped."""
+    from hpctrain.data.ilsvrc import IlsvrcArchives
+    from hpctrain.data.pack import pack as pack_into
+    from hpctrain.data.packer import PackOptions
+
+    if len(source) != (3 if ilsvrc else 1):
+        raise UserError(
+            "--ilsvrc takes TRAIN.tar VAL.tar DEVKIT.tar.gz and the destination; without it name one source"
+        )
+    wanted = IlsvrcArchives(*source) if ilsvrc else source[0]
+    options = PackOptions(shard_mb=shard_mb, skip_corrupt=skip_corrupt)
+    typer.echo(pack_into(wanted, destination, options).summary())
 
 
 @data_app.command()
@@ -112,11 +127,23 @@ def verify(
     json_file: JsonFile = None,
 ) -> None:
     """Decode every picture of PATH and list what is wrong; exit 1 when anything is."""
+    import json
+
+    from hpctrain.data.verify import verify as verify_all
+
+    report = verify_all(path, jobs=jobs or len(os.sched_getaffinity(0)))
+    typer.echo(report.text())
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_record(), indent=2) + "\n")
+    raise typer.Exit(0 if report.ok else 1)
 
 
 @data_app.command()
 def digits(destination: Annotated[Path, typer.Argument(help="folder to be made")]) -> None:
     """Pack scikit-learn's 1,797 handwritten digits, the data of the quickstart."""
+    from hpctrain.data.digits import make_digits
+
+    typer.echo(make_digits(destination).summary())
 
 
 @bench_app.command("step")
@@ -134,9 +161,9 @@ def main() -> None:
     try:
         app()
     except HpctrainError as error:
-        if os.environ.get("HPCTRAIN_QUIET_RANK") is None:
-            print(f"hpctrain: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        from hpctrain.comm.abort import report_early
+
+        sys.exit(report_early(error, os.environ))
 
 
 if __name__ == "__main__":

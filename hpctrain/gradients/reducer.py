@@ -113,8 +113,8 @@ class GradientExchange:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._inside = self._last = False
         self._scale: float | None = None
-        # Fresh gradients are kept until the next pass begins: given back to glibc one by one during the backward
-        # pass, their pages return to the system and fault in again, which costs more than the copy itself.
+        # On the host, packed gradients are kept until the next pass begins: given back to glibc one by one during
+        # the backward pass, their pages return to the system and fault in again, which costs more than the copy.
         self._spent: list[Tensor] = []
         self._plan()
 
@@ -140,6 +140,11 @@ class GradientExchange:
             handle = slot.parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
             self._hooks.append(handle)
         return lane
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What the engine is handed in a step, in that order; with one rank nothing is."""
+        return [lane.wire.buffer for lane in self._lanes]
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -200,7 +205,9 @@ class GradientExchange:
     def _pack(self, lane: _Lane) -> None:
         assert self._scale is not None
         with torch.no_grad():
-            self._spent += lane.pack(self._scale / self._comm.world_size)
+            spent = lane.pack(self._scale / self._comm.world_size)
+        if self._comm.device.type == "cpu":
+            self._spent += spent
 
     def _launch(self) -> None:
         with torch.no_grad():
@@ -230,7 +237,7 @@ class GradientExchange:
         if not self._lanes:
             self._complete_alone(self._scale)
         self._scale, self._last = None, False
-        buffer_bytes = sum(lane.wire.buffer.nbytes for lane in self._lanes)
+        buffer_bytes = sum(buffer.nbytes for buffer in self.buffers)
         return ExchangeStats(len(self._lanes), early, self._missing, buffer_bytes, exposed_s)
 
     def _complete_alone(self, scale: float) -> None:

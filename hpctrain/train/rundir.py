@@ -15,9 +15,9 @@ from hpctrain.errors import MachineError, UserError
 _LOCK_NAME = ".lock"
 
 
-def default_run_dir(config_path: Path) -> Path:
+def default_run_dir(name: str) -> Path:
     """``runs/<config>-<time>`` below the working directory, with the local time to the second."""
-    return Path("runs") / f"{config_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 class RunDirectory:

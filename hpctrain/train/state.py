@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from hpctrain.config.schema import EarlyStoppingConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +31,9 @@ class Progress:
     samples_seen: int = 0
     corrupt_skipped: int = 0
     train_s: float = 0.0
-    best_monitored: float | None = None
+    best_gain: float | None = None
     evaluations_without_gain: int = 0
-    last_evaluation: dict[str, Any] | None = None
-    loss_scale: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, float] | None = None
 
     def advance(self, samples: int, counted: int) -> None:
         """One optimizer step over ``samples`` positions, ``counted`` of them not padding."""
@@ -44,6 +45,21 @@ class Progress:
         """Go to the start of the following epoch."""
         self.epoch += 1
         self.position = 0
+
+    def take(self, result: Evaluation, stopping: EarlyStoppingConfig | None) -> None:
+        """Note an evaluation, and how long the monitored figure has not improved."""
+        self.evaluation = asdict(result)
+        if stopping is None:
+            return
+        gain = result.top1 if stopping.monitor == "val_top1" else -result.loss
+        if self.best_gain is None or gain > self.best_gain + stopping.min_delta:
+            self.best_gain, self.evaluations_without_gain = gain, 0
+        else:
+            self.evaluations_without_gain += 1
+
+    def target_reached(self, target: float | None) -> bool:
+        """Whether the last evaluation reached ``target`` top-1."""
+        return target is not None and self.evaluation is not None and self.evaluation["top1"] >= target
 
     def to_numbers(self) -> dict[str, Any]:
         """The counters as JSON."""

@@ -8,39 +8,48 @@ import torch
 from torch import Tensor
 
 from hpctrain.data.types import Batch
+from hpctrain.gradients.loss_scale import finite_everywhere
 from hpctrain.train.parts import Parts
 
 
 def train_step(parts: Parts, batches: Iterator[Batch], step: int) -> Tensor:
     """Take the micro-batches of optimizer step ``step`` (counted from 0) and move the parameters once.
 
-    Returns this rank's mean loss, a scalar on the device; nothing waits for the device here. With fp16 a
-    non-finite gradient leaves the parameters as they were, on all ranks alike.
+    Returns this rank's mean loss, a scalar on the device. With fp16 a gradient that is not finite on some rank
+    leaves the parameters as they were, on all ranks.
     """
-    clock, plan = parts.clock, parts.plan
-    parts.exchange.zero()
+    clock, accumulation = parts.clock, parts.plan.accumulation
     total = torch.zeros((), device=parts.comm.device)
-    for micro in range(plan.accumulation):
+    for micro in range(accumulation):
         clock.enter("data")
         images, labels = parts.to_device(next(batches))
-        seed_micro_batch(parts.config.seed, step * plan.accumulation + micro, parts.comm.rank)
-        clock.enter("forward")
-        with parts.autocast():
-            loss = parts.criterion(parts.model(images), labels) / plan.accumulation
-        clock.enter("backward")
-        with parts.exchange.accumulate(last=micro == plan.accumulation - 1):
-            parts.loss_scale.scale(loss).backward()
+        seed_micro_batch(parts.config.seed, step * accumulation + micro, parts.comm.rank)
+        with parts.exchange.accumulate(last=micro == accumulation - 1, scale=parts.gradient_scale):
+            clock.enter("forward")
+            with parts.autocast():
+                loss = parts.criterion(parts.model(images), labels)
+            clock.enter("backward")
+            (loss if parts.loss_scale is None else parts.loss_scale.scale(loss)).backward()
         total += loss.detach()
-    clock.enter("exposed_comm")
-    parts.exchange.finish(parts.loss_scale.inverse)
+    clock.enter("exchange")
+    parts.exchange.finish()
     clock.enter("optimizer")
-    for group in parts.optimizer.param_groups:
-        group["lr"] = parts.schedule.lr_at(step)
-    if parts.loss_scale.accept(parts.exchange):
+    if accept(parts):
+        for group in parts.optimizer.param_groups:
+            group["lr"] = parts.plan.schedule.lr_at(step)
         parts.optimizer.step()
         if parts.ema is not None:
             parts.ema.update(parts.model)
-    return total
+    return total / accumulation
+
+
+def accept(parts: Parts) -> bool:
+    """Whether the mean gradients may be used; moves the loss scale where there is one, alike on all ranks."""
+    if parts.loss_scale is None:
+        return True
+    finite = finite_everywhere(parts.comm, parts.exchange.gradients)
+    parts.loss_scale.update(finite)
+    return finite
 
 
 def seed_micro_batch(seed: int, micro_step: int, worker: int) -> None:

@@ -56,4 +56,4 @@ def test_locking_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_default_name_tells_config_and_time() -> None:
-    assert default_run_dir(Path("configs/quickstart.yaml")).name.startswith("quickstart-20")
+    assert default_run_dir("quickstart").name.startswith("quickstart-20")

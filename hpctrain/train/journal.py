@@ -1,0 +1,125 @@
+"""What a run tells while it goes on: the log files, TensorBoard and the display, from figures of all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hpctrain.data.types import Loader
+from hpctrain.errors import UserError
+from hpctrain.metrics.progress import Display
+from hpctrain.metrics.steplog import EvalFigures, StepFigures
+from hpctrain.metrics.system import SystemUse
+from hpctrain.train.parts import Parts
+from hpctrain.train.state import Evaluation, Progress
+
+
+class Sink(Protocol):
+    """Takes figures: a log file, TensorBoard."""
+
+    def step(self, figures: StepFigures) -> None: ...
+
+    def evaluation(self, figures: EvalFigures) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Journal:
+    """Gathers losses between logged steps; ``log`` and ``evaluation`` are collective.
+
+    ``sinks`` are empty on all ranks but the first.
+    """
+
+    def __init__(self, parts: Parts, loader: Loader, display: Display, sinks: Sequence[Sink]) -> None:
+        self.display = display
+        self.system = SystemUse(parts.comm.device)
+        self._parts = parts
+        self._loader = loader
+        self._sinks = sinks
+        self._loss = torch.zeros((), dtype=torch.float64, device=parts.comm.device)
+        self._steps = 0
+        self._corrupt_told = 0
+
+    def add(self, loss: Tensor) -> None:
+        """Take this rank's mean loss of one step; nothing waits for the device."""
+        self._loss += loss
+        self._steps += 1
+
+    def log(self, progress: Progress) -> None:
+        """Tell of the steps since the last call. Raises UserError when their loss is not finite."""
+        parts, steps = self._parts, self._steps
+        if steps == 0:
+            return
+        loss, corrupt = self._reduce()
+        progress.corrupt_skipped += corrupt
+        interval = parts.clock.interval()
+        progress.train_s += interval.seconds
+        figures = StepFigures(
+            step=progress.step,
+            epoch=progress.epoch + min(1.0, progress.position / parts.plan.train_samples),
+            loss=loss,
+            lr=parts.plan.schedule.lr_at(progress.step - 1),
+            images_per_s=interval.images_per_s(parts.plan.batch_global),
+            phases_s=interval.phases_s,
+            counters={
+                "samples_seen": progress.samples_seen,
+                "corrupt_skipped": progress.corrupt_skipped,
+                **({"loss_scale": parts.loss_scale.value} if parts.loss_scale else {}),
+                **self.system.sample(progress.step),
+            },
+        )
+        for sink in (*self._sinks, self.display):
+            sink.step(figures)
+        if corrupt:
+            self._name_corrupt()
+        if not math.isfinite(loss):
+            raise not_finite("loss", progress.step - steps + 1, progress.step, figures.lr)
+
+    def evaluation(self, progress: Progress, result: Evaluation, seconds: float) -> None:
+        """Tell of an evaluation that took ``seconds``."""
+        figures = EvalFigures(
+            step=progress.step,
+            epoch=progress.epoch + min(1.0, progress.position / self._parts.plan.train_samples),
+            loss=result.loss,
+            top1=result.top1,
+            top5=result.top5,
+            seen=result.seen,
+            seconds=seconds,
+        )
+        for sink in (*self._sinks, self.display):
+            sink.evaluation(figures)
+
+    def close(self) -> None:
+        """Close files and leave the terminal as it was."""
+        for sink in (*self._sinks, self.display):
+            sink.close()
+
+    def _reduce(self) -> tuple[float, int]:
+        """Mean loss a step and number of newly replaced samples, over all ranks."""
+        new_corrupt = len(self._loader.corrupt) - self._corrupt_told
+        packed = torch.stack([self._loss, torch.full_like(self._loss, new_corrupt)])
+        self._parts.comm.all_reduce_(packed).wait()
+        loss_sum, corrupt = packed.tolist()
+        mean = loss_sum / self._steps / self._parts.comm.world_size
+        self._loss.zero_()
+        self._steps = 0
+        return mean, int(corrupt)
+
+    def _name_corrupt(self) -> None:
+        """Show each sample that was replaced since this was last called, on whichever rank. Collective."""
+        lines = self._loader.corrupt[self._corrupt_told :]
+        self._corrupt_told += len(lines)
+        for line in (line for rank_lines in self._parts.comm.all_gather_object(lines) for line in rank_lines):
+            self.display.message(line)
+
+
+def not_finite(what: str, first_step: int, last_step: int, lr: float) -> UserError:
+    """The error of a run that diverged within the steps named (counted from 1)."""
+    return UserError(
+        f"the {what} became NaN or infinite between steps {first_step} and {last_step} (learning rate {lr:.4g}); "
+        "lower schedule.lr or lengthen schedule.warmup_epochs, and go on from the last checkpoint with --resume auto"
+    )

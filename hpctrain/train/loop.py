@@ -1,0 +1,122 @@
+"""The training loop: steps, and what happens between them. How the parts came to be is in ``build``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from hpctrain.comm.agree import on_rank_zero
+from hpctrain.data.types import Batch
+from hpctrain.gradients.replicas import average_buffers, check_replicas
+from hpctrain.train.checkpoint import save_checkpoint
+from hpctrain.train.journal import Journal, not_finite
+from hpctrain.train.parts import Parts
+from hpctrain.train.resume import capture
+from hpctrain.train.rundir import RunDirectory
+from hpctrain.train.state import Evaluation, Progress
+from hpctrain.train.step import train_step
+
+
+@dataclass
+class Loop:
+    """A run under way. Every rank takes the same turns, since all they depend on is equal on all ranks."""
+
+    parts: Parts
+    progress: Progress
+    batches: Iterator[Batch]
+    evaluate: Callable[[], Evaluation]
+    journal: Journal
+    run: RunDirectory
+    saved_step: int
+
+    def train(self) -> str:
+        """Train until there is a reason to stop, and return it."""
+        parts, progress = self.parts, self.progress
+        every = parts.config.checkpoint.every_steps
+        while (reason := self._reason_to_stop()) is None:
+            while self._steps_left():
+                self._step()
+                if self._due(every) and self._steps_left():
+                    self.save()
+            self._evaluate()
+            if not parts.plan.steps_left_in_epoch(progress.position):
+                progress.next_epoch()
+            if every is None or self._due(every):
+                self.save()
+        return reason
+
+    def _steps_left(self) -> int:
+        """Steps to the end of the epoch or of the run, whichever comes first."""
+        plan, progress = self.parts.plan, self.progress
+        return min(plan.steps_left_in_epoch(progress.position), plan.total_steps - progress.step)
+
+    def _step(self) -> None:
+        parts, progress = self.parts, self.progress
+        parts.clock.step(progress.step)
+        loss = train_step(parts, self.batches, progress.step)
+        left = parts.plan.train_samples - progress.position
+        progress.advance(parts.plan.batch_global, min(left, parts.plan.batch_global))
+        parts.clock.end_step()
+        self.journal.add(loss)
+        if self._due(parts.config.log.every_steps):
+            self.journal.log(progress)
+        if self._due(parts.config.gradients.check_every_steps):
+            check_replicas(parts.comm, parts.model.named_parameters())
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.progress.step % every == 0
+
+    def _evaluate(self) -> None:
+        """Judge the model where ``train.eval_every_epochs`` asks for it, and at the end of the run."""
+        progress, train = self.progress, self.parts.config.train
+        self.journal.log(progress)
+        if train.eval_every_epochs is None or self.parts.plan.val_samples == 0:
+            return
+        if progress.step < self.parts.plan.total_steps and (progress.epoch + 1) % train.eval_every_epochs:
+            return
+        self.parts.clock.enter("eval")
+        average_buffers(self.parts.comm, self.parts.model)
+        started = time.perf_counter()
+        result = self.evaluate()
+        self.journal.evaluation(progress, result, time.perf_counter() - started)
+        progress.take(result, train.early_stopping)
+
+    def _reason_to_stop(self) -> str | None:
+        """Equal on all ranks, since steps and evaluations are."""
+        progress, train = self.progress, self.parts.config.train
+        if progress.step >= self.parts.plan.total_steps:
+            return "finished"
+        if progress.target_reached(train.target_accuracy):
+            return f"target accuracy {train.target_accuracy} reached"
+        stopping = train.early_stopping
+        if stopping is not None and progress.evaluations_without_gain >= stopping.patience:
+            return f"no gain in {stopping.monitor} over {stopping.patience} evaluations"
+        return None
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, once. Collective; nothing that is not finite is ever saved."""
+        parts, progress = self.parts, self.progress
+        if self.saved_step == progress.step:
+            return
+        self.journal.log(progress)
+        parts.clock.enter("checkpoint")
+        check_replicas(parts.comm, parts.model.named_parameters())
+        average_buffers(parts.comm, parts.model)
+        if not all_finite(parts.model):
+            raise not_finite("parameters", self.saved_step + 1, progress.step, parts.plan.schedule.lr_at(progress.step))
+        checkpoint = capture(parts, progress)
+        on_rank_zero(
+            parts.comm,
+            lambda: str(save_checkpoint(self.run.checkpoints, checkpoint, parts.config.checkpoint.keep)),
+        )
+        self.saved_step = progress.step
+
+
+@torch.no_grad()
+def all_finite(model: torch.nn.Module) -> bool:
+    """Whether every number of the model's state is finite."""
+    sums = [tensor.sum() for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    return bool(torch.stack(sums).isfinite().all())

@@ -1,0 +1,69 @@
+"""A process's part in a job: its device, its engine, and the watch over its peers. Booted before any data is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.registry import choose, create
+from hpctrain.comm.side_channel import SideChannel
+from hpctrain.comm.watch import Watch
+from hpctrain.config.schema import CommConfig
+from hpctrain.errors import UserError
+from hpctrain.topology.placement import cores_of, own_binding
+from hpctrain.topology.ranks import Topology, detect
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a job gives a rank. ``cores`` are this rank's share of its host."""
+
+    comm: Communicator
+    watch: Watch
+    cores: int
+    engine_reason: str
+
+
+def choose_device(requested: str, topology: Topology) -> torch.device:
+    """The device of this rank: with several GPUs in sight the one of its local rank, else the only one."""
+    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("train.device is cuda, but torch sees no GPU: set train.device=cpu, or see `hpctrain doctor`")
+    visible = torch.cuda.device_count()
+    if visible > 1 and topology.local_rank >= visible:
+        raise UserError(
+            f"local rank {topology.local_rank} has no GPU of its own, host {topology.host} shows {visible}: "
+            f"start at most {visible} ranks a host"
+        )
+    device = torch.device("cuda", topology.local_rank if visible > 1 else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def open_session(config: CommConfig, device: str) -> Iterator[Session]:
+    """Join the job that the launcher describes; leave it when the block ends, however it ends.
+
+    An exception that leaves the block ends the job on all ranks (``hpctrain.comm.abort``).
+    """
+    topology = detect(os.environ)
+    chosen = choose_device(device, topology)
+    name, reason = choose(config.engine, topology, chosen)
+    comm = create(name, topology, chosen, config.timeout_s)
+    channel = SideChannel.open(comm)
+    watch = Watch(channel, comm, config.timeout_s, config.startup_timeout_s)
+    with watch.guard():
+        bindings = comm.all_gather_object(own_binding(comm.topology.host))
+        cores = cores_of(comm.rank, bindings)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(cores)
+        yield Session(comm, watch, cores, reason)
+        comm.barrier()
+    watch.close()
+    comm.close()
