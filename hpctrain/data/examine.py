@@ -58,15 +58,17 @@ def examine(entry: Entry, name: str, classes: tuple[str, ...]) -> Examined:
 
 
 def named_class(entry: Entry, classes: tuple[str, ...]) -> str | None:
-    """The other class that a picture's name starts with, as n01440764_12.JPEG does, or None.
+    """The class other than its own that a picture's name starts with, as n01440764_12.JPEG does, or None.
 
     Classes called by bare numbers are passed over: there a leading number may be any.
     """
     stem = safe_stem(entry.name) if entry.offset == 0 else stem_of_key(entry.name)
+    if stem.startswith(safe_name(classes[entry.label])):
+        return None
     by_name = _classes_by_safe_name(classes)
     starts = [stem[: found.start()] for found in _SEPARATORS.finditer(stem)]
     named = [by_name[start] for start in starts if start in by_name]
-    return named[-1] if named and classes[entry.label] not in named else None
+    return named[-1] if named else None
 
 
 @lru_cache(maxsize=1)

@@ -83,7 +83,8 @@ def _train_members(path: Path) -> Iterator[tuple[str, str, int, int]]:
                     for name, offset, length in members_of(inner, f"{path}:{wordnet_id}.tar", start + size):
                         yield wordnet_id, PurePosixPath(name).name, offset, length
             except tarfile.TarError as error:
-                raise UserError(f"{path}:{wordnet_id}.tar is not a whole tar archive ({error}): fetch it again") from error
+                inner_name = f"{path}:{wordnet_id}.tar"
+                raise UserError(f"{inner_name} is not a whole tar archive ({error}): fetch it again") from error
 
 
 def _val_members(path: Path) -> Iterator[tuple[int, str, int, int]]:
