@@ -30,7 +30,7 @@ PIP = (sys.executable, "-m", "pip")
 def run_reporting(
     command: Sequence[str], log: Path, environ: Mapping[str, str], what: str, cwd: Path | None = None
 ) -> None:
-    """Run a long command into ``log``, telling every 20 s how far it is. Raises MachineError with the log's end."""
+    """Run a long command into ``log``, telling every 20 s how far it is. Raises MachineError with what the log says."""
     started = time.monotonic()
     with log.open("a") as sink:
         child = subprocess.Popen(command, env=environ, cwd=cwd, stdout=sink, stderr=subprocess.STDOUT)
@@ -40,13 +40,19 @@ def run_reporting(
             except subprocess.TimeoutExpired:
                 print(f"  {what}: {time.monotonic() - started:.0f} s, {_progress(log)[:100]}", flush=True)
     if child.returncode != 0:
-        raise MachineError(f"{what} failed; the last lines of {log}:\n{_tail(log, 25)}")
+        raise MachineError(f"{what} failed; from {log}:\n{_errors(log)}\n{_tail(log, 15)}")
 
 
 def _progress(log: Path) -> str:
     """The newest line that counts what is done, as ninja's "[12/75] …" does, or the newest of all."""
     counted = re.findall(r"^\[\d+/\d+\].*", log.read_text(errors="replace"), re.MULTILINE)
     return counted[-1] if counted else _tail(log, 1)
+
+
+def _errors(log: Path) -> str:
+    """The first lines of compiler, linker and CMake errors: they stand far above the traceback that ends the log."""
+    text = log.read_text(errors="replace")
+    return "\n".join(re.findall(r"^.*(?:\berror:|CMake Error|undefined reference).*", text, re.MULTILINE)[:10])
 
 
 def _tail(log: Path, lines: int) -> str:
@@ -67,7 +73,7 @@ def build(target: Target, cuda: Cuda | None, folder: Path, environ: Mapping[str,
         check_digest(sdist)
         shutil.unpack_archive(sdist, work)
         source = work / f"horovod-{RELEASE}"
-        apply_mends(source, mends(target.run_path))
+        apply_mends(source, mends(target.run_path, target.torch))
         environ = {**environ, **_compile_environ(target)}
         if cuda is not None:
             environ |= _cuda_environ(cuda, work / "nccl")

@@ -148,5 +148,5 @@ def describe(torch_version: str, cuda: Cuda | None, environ: Mapping[str, str]) 
         mpi=mpi,
         run_path=run_path,
         gpu=f"CUDA {cuda.version}, {cuda.nccl_version}, {cuda.architectures}" if cuda else "",
-        mends=hashlib.sha256(repr(mends(run_path)).encode()).hexdigest(),
+        mends=hashlib.sha256(repr(mends(run_path, torch_version)).encode()).hexdigest(),
     )

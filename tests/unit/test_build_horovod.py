@@ -48,7 +48,7 @@ def release_tree(folder: Path, changes: tuple[mends.Mend, ...]) -> None:
 
 
 def test_mends_replace_what_they_name_and_say_so(tmp_path: Path) -> None:
-    changes = mends.mends("$ORIGIN/../../torch/lib")
+    changes = mends.mends("$ORIGIN/../../torch/lib", "2.13.0+cpu")
     release_tree(tmp_path, changes)
     mends.apply_mends(tmp_path, changes)
     for mend in changes:
@@ -60,9 +60,17 @@ def test_mends_replace_what_they_name_and_say_so(tmp_path: Path) -> None:
     assert 'set(CMAKE_INSTALL_RPATH "$ORIGIN/../../torch/lib")' in (tmp_path / "CMakeLists.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("torch_version", "standard"), [("2.6.0", 17), ("2.13.0+cpu", 17), ("2.14.1+cu130", 20), ("3.0.0a0", 20)]
+)
+def test_the_language_standard_follows_torch(torch_version: str, standard: int) -> None:
+    news = [mend.new for mend in mends.mends("", torch_version) if mend.path == "horovod/torch/CMakeLists.txt"]
+    assert news == [f"set(CMAKE_CXX_STANDARD {standard})"]
+
+
 @pytest.mark.parametrize("text", ["set(CMAKE_CXX_STANDARD 20)", "", "set(CMAKE_CXX_STANDARD 14)\n" * 2])
 def test_a_mend_refuses_another_release(tmp_path: Path, text: str) -> None:
-    changes = mends.mends("")
+    changes = mends.mends("", "2.13.0")
     release_tree(tmp_path, changes)
     (tmp_path / "CMakeLists.txt").write_text(text)
     with pytest.raises(MachineError, match=r"CMakeLists.txt of this Horovod has no single line .* release 0.28.1 only"):
@@ -221,11 +229,12 @@ def test_a_long_command_reports_and_keeps_its_log(
     assert "a warning" in log.read_text()
 
 
-def test_a_failing_command_shows_the_end_of_its_log(tmp_path: Path) -> None:
+def test_a_failing_command_shows_the_errors_and_the_end_of_its_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
+    script = "echo 'a.h:7: error: no such type'; seq 100; exit 3"
     with pytest.raises(MachineError) as caught:
-        build.run_reporting(["sh", "-c", "seq 100; exit 3"], log, os.environ, "compiling Horovod")
-    assert str(caught.value).startswith(f"compiling Horovod failed; the last lines of {log}:\n76\n")
+        build.run_reporting(["sh", "-c", script], log, os.environ, "compiling Horovod")
+    assert str(caught.value).startswith(f"compiling Horovod failed; from {log}:\na.h:7: error: no such type\n86\n")
     assert str(caught.value).endswith("\n100")
 
 
