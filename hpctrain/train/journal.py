@@ -60,7 +60,7 @@ class Journal:
         progress.train_s += interval.seconds
         figures = StepFigures(
             step=progress.step,
-            epoch=progress.epoch + min(1.0, progress.position / parts.plan.train_samples),
+            epoch=self._epochs(progress),
             loss=loss,
             lr=parts.plan.schedule.lr_at(progress.step - 1),
             images_per_s=interval.images_per_s(parts.plan.batch_global),
@@ -83,7 +83,7 @@ class Journal:
         """Tell of an evaluation that took ``seconds``."""
         figures = EvalFigures(
             step=progress.step,
-            epoch=progress.epoch + min(1.0, progress.position / self._parts.plan.train_samples),
+            epoch=self._epochs(progress),
             loss=result.loss,
             top1=result.top1,
             top5=result.top5,
@@ -97,6 +97,11 @@ class Journal:
         """Close files and leave the terminal as it was."""
         for sink in (*self._sinks, self.display):
             sink.close()
+
+    def _epochs(self, progress: Progress) -> float:
+        """Epochs done, with their fraction in steps: a whole number where an epoch ends, samples dropped or not."""
+        plan = self._parts.plan
+        return progress.epoch + progress.position / (plan.steps_per_epoch * plan.batch_global)
 
     def _reduce(self) -> tuple[float, int]:
         """Mean loss a step and number of newly replaced samples, over all ranks."""

@@ -36,7 +36,7 @@ class Loop:
         """Train until there is a reason to stop, and return it."""
         parts, progress = self.parts, self.progress
         every = parts.config.checkpoint.every_steps
-        while (reason := self._reason_to_stop()) is None:
+        while (reason := self.reason_to_stop()) is None:
             while self._steps_left():
                 self._step()
                 if self._due(every) and self._steps_left():
@@ -84,8 +84,8 @@ class Loop:
         self.journal.evaluation(progress, result, time.perf_counter() - started)
         progress.take(result, train.early_stopping)
 
-    def _reason_to_stop(self) -> str | None:
-        """Equal on all ranks, since steps and evaluations are."""
+    def reason_to_stop(self) -> str | None:
+        """What ends the run here, or None; equal on all ranks, since steps and evaluations are."""
         progress, train = self.progress, self.parts.config.train
         if progress.step >= self.parts.plan.total_steps:
             return "finished"

@@ -60,6 +60,9 @@ def train(config: Config, session: Session, run: RunDirectory, resume: str, titl
         if checkpoint is not None:
             display.message(f"going on from step {progress.step}")
         loop = Loop(parts, progress, feeds.train_batches(progress), feeds.evaluate, journal, run, progress.step)
+        if loop.reason_to_stop() == "finished" and on_rank_zero(comm, run.record.exists):
+            display.message(f"the run is complete already, see {run.record}; more train.epochs would continue it")
+            return
         reason = loop.train()
         loop.save()
         notes = {"ended": reason, "engine_choice": session.engine_reason}
