@@ -17,7 +17,7 @@ from hpctrain.config.schema import Config, DataConfig
 from hpctrain.data.dataset import Dataset, open_dataset
 from hpctrain.data.feed import Share, eval_requests, train_requests
 from hpctrain.data.index import Index
-from hpctrain.data.loaders import make_loader
+from hpctrain.data.loaders import choose, make_loader
 from hpctrain.data.sampler import EpochOrder
 from hpctrain.data.types import Batch, Loader
 from hpctrain.gradients.loss_scale import LossScale
@@ -110,6 +110,7 @@ class Feeds:
     dataset: Dataset
     train_loader: Loader
     eval_loader: Loader
+    loader_reason: str
     on_eval_batch: Callable[[], None]
 
     def train_batches(self, progress: Progress) -> Iterator[Batch]:
@@ -165,4 +166,4 @@ def build_feeds(parts: Parts, dataset: Dataset, session: Session, progress: Prog
     def alive() -> None:
         session.watch.beat(progress.step, "eval")
 
-    return Feeds(parts, dataset, loader_of(dataset.train), loader_of(dataset.val), alive)
+    return Feeds(parts, dataset, loader_of(dataset.train), loader_of(dataset.val), choose(config.data.loader)[1], alive)

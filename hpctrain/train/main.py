@@ -55,7 +55,9 @@ def train(config: Config, session: Session, run: RunDirectory, resume: str, titl
     journal = Journal(parts, feeds.train_loader, display, _sinks(config, run, progress) if comm.rank == 0 else [])
     try:
         display.start(f"{title} in {run.path}", plan.describe())
-        for line in (f"engine {comm.name} ({session.engine_reason}), {comm.device}", *passed_over):
+        display.message(f"engine {comm.name} ({session.engine_reason}) on {comm.device}")
+        display.message(f"loader {feeds.train_loader.name} ({feeds.loader_reason})")
+        for line in passed_over:
             display.message(line)
         if checkpoint is not None:
             display.message(f"going on from step {progress.step}")

@@ -70,6 +70,7 @@ def build_record(loop: Loop, feeds: Feeds, times: RunTimes, provenance: Provenan
         "steps": progress.step,
         "data": {
             "loader": feeds.train_loader.name,
+            "loader_choice": feeds.loader_reason,
             "real": feeds.train_loader.name != "synthetic",
             "samples_seen": progress.samples_seen,
             "corrupt_skipped": progress.corrupt_skipped,
