@@ -15,6 +15,9 @@ from hpctrain.errors import MachineError
 RELEASE = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 
+CXX17 = "torch's headers have needed C++17 since 2.1; Horovod's main branch made this change after the release"
+CXX20 = "torch's headers have needed C++20 since 2.14"
+
 
 @dataclass(frozen=True, slots=True)
 class Mend:
@@ -28,12 +31,10 @@ class Mend:
 
 def mends(run_path: str, torch_version: str) -> tuple[Mend, ...]:
     """What differs from the release. ``run_path`` is where the built library looks for libmpi, libtorch, libnccl."""
-    cxx17 = "torch's headers have needed C++17 since 2.1; Horovod's main branch made this change after the release"
-    cxx20 = "torch's headers have needed C++20 since 2.14"
     new_headers = tuple(int(part) for part in torch_version.split(".")[:2]) >= (2, 14)
-    standard, why = (20, cxx20) if new_headers else (17, cxx17)
+    standard, why = (20, CXX20) if new_headers else (17, CXX17)
     return (
-        Mend("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)", cxx17),
+        Mend("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)", CXX17),
         Mend("horovod/torch/CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", f"set(CMAKE_CXX_STANDARD {standard})", why),
         Mend(
             "CMakeLists.txt",
