@@ -61,9 +61,9 @@ class SideChannel:
     calls them, from a thread that may.
     """
 
-    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+    def __init__(self, store: Any, rank: int, world_size: int, server_host: str) -> None:
         self._store = store
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.server_host = rank, world_size, server_host
 
     @classmethod
     def open(cls, comm: Communicator) -> SideChannel:
@@ -71,17 +71,18 @@ class SideChannel:
         from hpctrain.comm.torch_engine import open_store
 
         if comm.world_size == 1:
-            return cls(None, 0, 1)
+            return cls(None, 0, 1, comm.topology.host)
         server = None
         if comm.rank == 0:
             server = open_store("127.0.0.1", 0, serve=True, timeout_s=_CONNECT_TIMEOUT_S)
         addresses = _own_addresses(several_hosts=comm.topology.num_nodes > 1)
-        offer = comm.broadcast_object(None if server is None else [addresses, server.port])
+        offer = server and {"addresses": addresses, "port": server.port, "host": comm.topology.host}
+        offer = comm.broadcast_object(offer)
         store = server
         if store is None:
-            host = _reachable(offer[0], offer[1], comm)
-            store = open_store(host, offer[1], serve=False, timeout_s=_CONNECT_TIMEOUT_S)
-        channel = cls(store, comm.rank, comm.world_size)
+            address = _reachable(offer["addresses"], offer["port"], comm)
+            store = open_store(address, offer["port"], serve=False, timeout_s=_CONNECT_TIMEOUT_S)
+        channel = cls(store, comm.rank, comm.world_size, offer["host"])
         channel.beat(Heartbeat(comm.rank, comm.topology.host, 0, "start", 0.0, 0))
         comm.barrier()
         return channel

@@ -21,6 +21,7 @@ from hpctrain.comm.side_channel import Heartbeat, LastWords, SideChannel, within
 _POLL_S = 1.0
 #: how long a failing rank lets the others read why, and how long they look before they call an error their own
 LINGER_S = 3.0
+_FAREWELL_S = 0.3
 
 
 class Watch:
@@ -67,10 +68,11 @@ class Watch:
         ``LastWords``.
         """
         claimed: list[bool] = []
-        if self._threads and within(LINGER_S, lambda: claimed.append(self._channel.claim())) and not claimed[0]:
+        reached = bool(self._threads) and within(LINGER_S, lambda: claimed.append(self._channel.claim()))
+        if reached and not claimed[0]:
             self.wait_for_cause()
         print(printed, file=sys.stderr, flush=True)
-        if self._threads:
+        if reached:
             step, phase = self._mark
             words = LastWords(self.comm.rank, self.comm.topology.host, step, phase, kind, summary, code)
             within(LINGER_S, lambda: self._channel.write_last_words(words))
@@ -96,8 +98,8 @@ class Watch:
             while not self._closing.wait(_POLL_S):
                 count += 1
                 self._channel.beat(self._heartbeat(count))
-                if (words := self._channel.last_words()) is not None and words.rank != self.comm.rank:
-                    self._channel.acknowledge()
+                words = self._channel.last_words()
+                if words is not None and words.rank != self.comm.rank:
                     self._end_after(words)
                 if self._suspicious.is_set():
                     self._readings.append(self._channel.heartbeats())
@@ -141,8 +143,8 @@ class Watch:
         readings = self._readings
         if len(readings) < 2:
             text = (
-                f"no progress for {waited_s:.0f} s in {self.place}: rank 0, which keeps the side channel, has not "
-                f"answered for {time.monotonic() - self._answered_at:.0f} s; raise {option} if that may take so long"
+                f"no progress for {waited_s:.0f} s: {self._keeper} has not answered for "
+                f"{time.monotonic() - self._answered_at:.0f} s; raise {option} if that may take so long"
             )
         else:
             text = describe(find_late(readings[0], readings[-1]), waited_s, option)
@@ -157,14 +159,23 @@ class Watch:
         elif words.kind == "error":
             place = f"in step {words.step}, phase {words.phase}"
             self._print(f"{author} failed {place}: {words.summary}; this rank stops")
+        self._channel.acknowledge()
+        if self.comm.rank == 0:
+            # The store goes with this process: stay until the others have read it, and seen that all have.
+            self._channel.wait_acknowledged(LINGER_S)
+            time.sleep(_FAREWELL_S)
         end_process(words.code)
 
     def _end_without_store(self) -> None:
         """Rank 0's server closed the connection. After a good end that is as it should be."""
         if self._closing.wait(_POLL_S):
             return
-        self._print("rank 0, which keeps the side channel, is gone without a word; this rank stops")
+        self._print(f"{self._keeper} is gone without a word; this rank stops")
         end_process(1)
+
+    @property
+    def _keeper(self) -> str:
+        return f"rank 0 (host {self._channel.server_host}), which keeps the side channel,"
 
     def _print(self, line: str) -> None:
         print(f"[{self.place}] {line}", file=sys.stderr, flush=True)
