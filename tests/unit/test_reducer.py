@@ -150,6 +150,14 @@ def test_accumulation_on_one_rank_copies_nothing_and_gives_the_same() -> None:
     assert sum(tensor.numel() for tensor in exchange.gradients) == sum(g.numel() for g in gradients(model).values())
 
 
+def test_one_rank_without_a_gradient_has_zeros_as_several_have() -> None:
+    model = Net()
+    exchange = exchange_of(serial(), model)
+    model.use_optional = False
+    assert one_step(serial(), exchange, model).missing == 2
+    assert_close(gradients(model), reference(1, skips=lambda worker: True))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_ranks_without_a_gradient_send_zeros_and_stay_in_step(reduction: str) -> None:
     def work(comm: FakeCommunicator) -> list[tuple[dict[str, Tensor], int]]:
