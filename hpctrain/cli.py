@@ -161,7 +161,7 @@ def main() -> None:
     try:
         app()
     except HpctrainError as error:
-        from hpctrain.comm.abort import report_early
+        from hpctrain.topology.voice import report_early
 
         sys.exit(report_early(error, os.environ))
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import traceback
-from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hpctrain.errors import HpctrainError, MachineError, UserError
-from hpctrain.topology.ranks import detect
+from hpctrain.errors import HpctrainError, MachineError
+from hpctrain.topology.voice import sentence
 
 if TYPE_CHECKING:
     from hpctrain.comm.watch import Watch
@@ -61,24 +59,3 @@ class Guard:
     def _end(self, summary: str, printed: str, *, code: int, kind: str = "error") -> None:
         self._watch.report_failure(summary, printed, kind=kind, code=code)
         self._watch.comm.abort(code)
-
-
-def sentence(error: HpctrainError) -> str:
-    """How the command line prints an error that needs no traceback."""
-    return f"hpctrain: {error}"
-
-
-def report_early(error: HpctrainError, environ: Mapping[str, str]) -> int:
-    """Print an error that came before ranks could talk, once where possible; returns the exit status.
-
-    Rank 0 prints at once, and launchers end the other ranks when it leaves; those that are still there after a
-    while print it themselves.
-    """
-    try:
-        rank = detect(environ).rank
-    except UserError:
-        rank = 0
-    if rank > 0:
-        time.sleep(3 * _PRECEDENCE_S)
-    print(sentence(error), file=sys.stderr, flush=True)
-    return error.exit_code

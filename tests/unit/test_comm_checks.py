@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hpctrain.comm.abort import report_early
 from hpctrain.comm.checks import faults, require_same_world
 from hpctrain.errors import MachineError, UserError
 from hpctrain.topology.ranks import Topology
+from hpctrain.topology.voice import report_early
 
 PLACE = Topology(rank=2, world_size=4, host="n7", launcher="srun")
 
@@ -42,7 +42,7 @@ def test_an_early_error_is_printed_by_rank_0_first(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("hpctrain.comm.abort.time.sleep", waits.append)
+    monkeypatch.setattr("hpctrain.topology.voice.time.sleep", waits.append)
     assert report_early(UserError("no such file"), {"RANK": "0", "WORLD_SIZE": "2"}) == 2
     assert waits == []
     assert report_early(MachineError("disk full"), {"RANK": "1", "WORLD_SIZE": "2"}) == 1

@@ -1,0 +1,34 @@
+"""Who tells of an error while the ranks cannot talk to each other yet, and in what words."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+from hpctrain.errors import HpctrainError, UserError
+from hpctrain.topology.ranks import detect
+
+#: Ranks other than 0 wait this long before they repeat what all ranks may have found.
+_PRECEDENCE_S = 3.0
+
+
+def sentence(error: HpctrainError) -> str:
+    """How the command line prints an error that needs no traceback."""
+    return f"hpctrain: {error}"
+
+
+def report_early(error: HpctrainError, environ: Mapping[str, str]) -> int:
+    """Print an error that came before ranks could talk, once where possible; returns the exit status.
+
+    Rank 0 prints at once, and launchers end the other ranks when it leaves; those that are still there after a
+    while print it themselves.
+    """
+    try:
+        rank = detect(environ).rank
+    except UserError:
+        rank = 0
+    if rank > 0:
+        time.sleep(_PRECEDENCE_S)
+    print(sentence(error), file=sys.stderr, flush=True)
+    return error.exit_code
