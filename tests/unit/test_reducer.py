@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -261,21 +262,17 @@ def test_freezing_and_releasing_parameters_between_steps() -> None:
         ]
 
 
-def tied(dtype: torch.dtype) -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Tanh(), nn.Linear(FEATURES, FEATURES), nn.Tanh())
-    model[2].weight = model[0].weight
-    return model.to(dtype)
-
-
 def test_a_weight_of_two_layers_is_exchanged_once() -> None:
+    tied = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Tanh(), nn.Linear(FEATURES, FEATURES), nn.Tanh())
+    tied[2].weight = tied[0].weight
+
     def work(comm: FakeCommunicator) -> tuple[Tensor, int]:
-        model = tied(torch.float32)
+        model = copy.deepcopy(tied)
         exchange = GradientExchange(model, comm)
         stats = one_step(comm, exchange, model)
         return model[2].weight.grad.clone(), stats.buffer_bytes
 
-    models = [tied(torch.float64) for _ in range(2)]
+    models = [copy.deepcopy(tied).double() for _ in range(2)]
     for worker, model in enumerate(models):
         backward(model, worker)
     expected = (models[0][0].weight.grad + models[1][0].weight.grad) / 2
@@ -287,7 +284,6 @@ def test_a_weight_of_two_layers_is_exchanged_once() -> None:
 
 def test_gradients_of_channels_last_weights_keep_their_layout() -> None:
     def work(comm: FakeCommunicator) -> bool:
-        torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)
         exchange = exchange_of(comm, model)
         x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(comm.rank))
