@@ -21,9 +21,9 @@ _PRECEDENCE_S = 1.0
 class Guard:
     """A context around the run of one rank.
 
-    On one rank alone errors pass through. Else an exception is told once in the job, by the rank that had it first:
-    UserError and MachineError as one sentence (exit 2 and 1), anything else with its traceback (exit 1, 130 for an
-    interrupt); then all ranks end. SystemExit passes through.
+    In a job of one rank errors pass through, and an interrupt exits with 130. In a larger one an exception is told
+    once, by the rank that had it first: UserError and MachineError as one sentence (exit 2 and 1), an interrupt as
+    one line (130), anything else with its traceback (1); then all ranks end. SystemExit passes through.
     """
 
     def __init__(self, watch: Watch) -> None:
@@ -35,7 +35,11 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, SystemExit | GeneratorExit) or self._watch.comm.world_size == 1:
+        if error is None or isinstance(error, SystemExit | GeneratorExit):
+            return
+        if self._watch.comm.world_size == 1:
+            if isinstance(error, KeyboardInterrupt):
+                raise SystemExit(_INTERRUPTED) from None
             return
         if isinstance(error, HpctrainError):
             self._end_told(error)

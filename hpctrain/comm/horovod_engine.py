@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +40,13 @@ _REDUCIBLE = (torch.float16, torch.float32, torch.float64, torch.int32, torch.in
 # Horovod's own fusion packs buffers in an order that depends on timing, and sums in another order each time: with
 # it, one buffer gave 2 to 9 different results over repeated runs. Buckets arrive fused already.
 _ENVIRONMENT = {"HOROVOD_FUSION_THRESHOLD": "0", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+# What Horovod does when nothing is set, spelt out: a threshold or cycle time (ms) that was set once in a process
+# holds over a restart until it is set again (horovod/common/operations.cc, parameter_manager.cc).
+_RELEASED = {
+    "HOROVOD_FUSION_THRESHOLD": str(128 << 20),
+    "HOROVOD_CYCLE_TIME": "1",
+    "HOROVOD_DYNAMIC_PROCESS_SETS": "0",
+}
 
 
 def probe() -> Probe:
@@ -235,3 +243,49 @@ class HorovodCommunicator(Communicator):
         group = self._process_set.process_set_id
         kind = f"{operation}.{str(buffer.dtype).removeprefix('torch.')}.{buffer.numel()}.group{group}"
         return _HorovodWork(self, operation, start, kind)
+
+
+class ReleasedHorovod:
+    """Horovod with the settings it was released with, in turn with this engine in the same process: a peer to be
+    measured against.
+
+    A turn restarts Horovod, so communicators split from ``comm`` end with it. Where Horovod runs on MPI, MPI must
+    have been started first (``mpi_engine.start_mpi``): Horovod ends an MPI that it started, and MPI starts once.
+    Constructor and turns are collective.
+    """
+
+    def __init__(self, comm: HorovodCommunicator) -> None:
+        self._comm = comm
+        self._restored = {name: os.environ[name] for name in _ENVIRONMENT} | {
+            "HOROVOD_CYCLE_TIME": os.environ.get("HOROVOD_CYCLE_TIME", _RELEASED["HOROVOD_CYCLE_TIME"])
+        }
+        if comm.world_size > 1 and not comm.shared.ops.mpi_enabled():
+            os.environ.update(_meeting_place(comm))
+
+    @contextmanager
+    def turn(self) -> Iterator[Any]:
+        """The module horovod.torch, as released. After an error the engine's own settings do not come back."""
+        import horovod.torch as hvd
+
+        self._restart(hvd, _RELEASED)
+        yield hvd
+        self._restart(hvd, self._restored)
+
+    def _restart(self, hvd: Any, settings: Mapping[str, str]) -> None:
+        # Nobody may begin anew while another rank is still reading what the last start left.
+        self._comm.barrier()
+        hvd.shutdown()
+        self._comm.shared.process_sets.clear()
+        os.environ.update(settings)
+        with self._comm.faults("restart"):
+            hvd.init()
+
+
+def _meeting_place(comm: Communicator) -> dict[str, str]:
+    """A rendezvous server for Gloo that serves any number of starts: horovodrun's keeps addresses of the first one."""
+    from horovod.runner.http.http_server import RendezvousServer
+
+    port = RendezvousServer().start() if comm.rank == 0 else 0
+    host = "127.0.0.1" if comm.topology.num_nodes == 1 else comm.topology.host
+    host, port = comm.broadcast_object([host, port])
+    return {"HOROVOD_GLOO_RENDEZVOUS_ADDR": host, "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port)}

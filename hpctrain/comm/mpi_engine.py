@@ -70,14 +70,20 @@ def probe() -> Probe:
     return Probe(NAME, ok=True, versions={"mpi4py": mpi4py.__version__, "mpi": library}, built_with=("MPI",))
 
 
+def start_mpi() -> Any:
+    """mpi4py's module with MPI running; it ends with this process, whoever else uses it in between."""
+    mpi = _import_mpi()
+    if not mpi.Is_initialized():
+        mpi.Init_thread(mpi.THREAD_MULTIPLE)
+    return mpi
+
+
 def boot(topology: Topology, device: torch.device, timeout_s: float) -> Communicator:
     """Join MPI's world, and on a GPU NCCL's over it.
 
     Raises UserError when MPI's world is not the launcher's, or when MPI may be called by the main thread only.
     """
-    mpi = _import_mpi()
-    if not mpi.Is_initialized():
-        mpi.Init_thread(mpi.THREAD_MULTIPLE)
+    mpi = start_mpi()
     if mpi.Query_thread() < mpi.THREAD_SERIALIZED:
         raise UserError(
             "this MPI may be called by its main thread only: use one with thread support, or set comm.engine=torch"

@@ -26,7 +26,7 @@ from hpctrain.errors import MachineError, UserError
 from hpctrain.topology.ranks import detect
 from tests.parallel.launch import report
 
-SIZES = (0, 1, 2, 7, 64, 1001)
+SIZES = (0, 1, 7, 1001)
 REDUCIBLE = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64)
 MOVABLE = (*REDUCIBLE, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.bool)
 
@@ -131,11 +131,10 @@ def check_all_to_all(comm: Communicator) -> None:
 
 def check_broadcast_from_each_root(comm: Communicator) -> None:
     for root in range(comm.world_size):
-        for dtype in MOVABLE:
-            for size in (0, 1, 65):
-                buffer = ramp(size, comm.rank, dtype)
-                comm.broadcast_(buffer, root).wait()
-                same(buffer, ramp(size, root, dtype))
+        for dtype, size in [*((dtype, 7) for dtype in MOVABLE), *((torch.float32, size) for size in SIZES)]:
+            buffer = ramp(size, comm.rank, dtype)
+            comm.broadcast_(buffer, root).wait()
+            same(buffer, ramp(size, root, dtype))
 
 
 def check_several_in_flight(comm: Communicator) -> None:

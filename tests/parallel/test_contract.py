@@ -31,7 +31,7 @@ _MODULES = {"horovod": ("horovod",), "mpi": ("mpi4py",), "torch": (), "serial": 
 def run_contract(engine: str, launcher: str, size: int) -> Run:
     """One start of the job serves all its checks."""
     command = [sys.executable, "tests/parallel/contract.py", "--engine", engine]
-    return launch(launcher, size, command, timeout_s=60)
+    return launch(launcher, size, command, timeout_s=100)
 
 
 def _cases() -> Iterator[object]:
@@ -40,18 +40,18 @@ def _cases() -> Iterator[object]:
             yield pytest.param(engine, launcher, size, check, id=f"{engine}-{launcher}-{size}-{check[6:]}")
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("engine", ["horovod", "mpi", "serial"])
 def test_an_engine_that_comes_up_alone_is_refused_with_both_numbers(engine: str) -> None:
     """As under srun without PMIx, where each rank is a world of its own: torchrun speaks to neither MPI nor Horovod."""
     needs(*_MODULES[engine])
-    run = launch("torchrun", 2, [sys.executable, "tests/parallel/contract.py", "--engine", engine], timeout_s=60)
+    run = launch("torchrun", 2, [sys.executable, "tests/parallel/contract.py", "--engine", engine], timeout_s=100)
     assert run.returncode != 0
     text = f"torchrun says rank 1 of 2 but the {engine} engine came up as rank 0 of 1: start it with "
     assert text in run.output or text.replace("rank 1 of", "rank 0 of") in run.output, run.output[-4000:]
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(("engine", "launcher", "size", "check"), list(_cases()))
 def test_contract(engine: str, launcher: str, size: int, check: str) -> None:
     needs(*_MODULES[engine], *(["horovod"] if launcher.startswith("horovodrun") else []))

@@ -91,6 +91,9 @@ def test_one_rank_needs_no_channel_and_no_thread(capsys: pytest.CaptureFixture[s
     assert alone.place == "rank 0 on host localhost, step 3, phase data"
     with pytest.raises(ValueError, match="passes through"), alone.guard():
         raise ValueError("passes through")
+    with pytest.raises(SystemExit) as ended, alone.guard():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
     alone.report_failure("short", "long")
     assert capsys.readouterr().err == "long\n"
     alone.close()
