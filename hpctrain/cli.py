@@ -158,6 +158,8 @@ def bench_data(config: ConfigPath, overrides: Overrides = None, json_file: JsonF
 
 def main() -> None:
     """Run the command line; user errors become one sentence and exit status 2."""
+    # Torch's C++ part would add stack traces of its own to our messages when a peer is gone.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()
     except HpctrainError as error:

@@ -19,6 +19,9 @@ from hpctrain.topology.placement import cores_of, own_binding
 from hpctrain.topology.ranks import Topology, detect
 
 
+_ENGINE_GRACE_S = 30.0
+
+
 @dataclass(frozen=True)
 class Session:
     """What a job gives a rank. ``cores`` are this rank's share of its host."""
@@ -55,7 +58,8 @@ def open_session(config: CommConfig, device: str) -> Iterator[Session]:
     topology = detect(os.environ)
     chosen = choose_device(device, topology)
     name, reason = choose(config.engine, topology, chosen)
-    comm = create(name, topology, chosen, config.timeout_s)
+    # The watch is to end a job that hangs, since it can say why; the engine's own limit is for when it cannot.
+    comm = create(name, topology, chosen, max(config.timeout_s, config.startup_timeout_s) + _ENGINE_GRACE_S)
     channel = SideChannel.open(comm)
     watch = Watch(channel, comm, config.timeout_s, config.startup_timeout_s)
     with watch.guard():
