@@ -55,8 +55,7 @@ def make_loader(
     name, _ = choose(config.loader)
     if config.decode == "gpu" and (name != "dali" or device.type != "cuda"):
         raise UserError(
-            f"data.decode=gpu needs data.loader=dali and a GPU, this run has {name} on {device.type}: "
-            "set data.decode=auto"
+            f"data.decode=gpu needs DALI and a GPU, this run has {name} on {device.type}: set data.decode=auto"
         )
     loader: Any = getattr(_module(name), LOADERS[name][1])
     made: Loader = loader(config, index, seed=seed, device=device, batch_size=batch_size, threads=threads)

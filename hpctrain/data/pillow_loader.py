@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from multiprocessing import connection, context, get_context, parent_process
+from multiprocessing import connection, context, get_context, parent_process, resource_tracker
 from typing import Any
 
 import numpy as np
@@ -132,13 +132,16 @@ class PillowLoader:
         self._stream.pending.clear()
         with _BlockedSignals():  # what is started here starts with the trainer's signals blocked
             answers = iter(self._loader)
-        for answer in answers:
-            if isinstance(answer, HpctrainError):
-                raise answer
-            pictures, labels, faults = answer
-            for sample_id, reason in faults:
-                self._files.report(sample_id, reason)
-            yield Batch(self._normalise(pictures), labels.to(self._device), self._stream.pending.popleft())
+        try:
+            for answer in answers:
+                if isinstance(answer, HpctrainError):
+                    raise answer
+                pictures, labels, faults = answer
+                for sample_id, reason in faults:
+                    self._files.report(sample_id, reason)
+                yield Batch(self._normalise(pictures), labels.to(self._device), self._stream.pending.popleft())
+        finally:
+            del answers  # else an error's traceback keeps the workers alive beyond ``close``
 
     def close(self) -> None:
         """End the workers, close all files."""
@@ -148,10 +151,17 @@ class PillowLoader:
 
 
 class _BlockedSignals:
-    """Blocks the trainer's signals for this thread; processes started meanwhile inherit that for good."""
+    """Blocks the trainer's signals for this thread; processes started meanwhile inherit that for good.
+
+    Not only the workers must be deaf: they end with the server they were forked from, should a signal to the
+    whole job step kill it.
+    """
 
     def __enter__(self) -> None:
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
+        # Started by the first worker otherwise, and with a side effect: it unblocks two signals in its parent.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
 
     def __exit__(self, *_: object) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
@@ -169,15 +179,27 @@ def _as_it_is(answer: _Answer) -> _Answer:
 
 
 def _start_worker(worker: int) -> None:
-    """Deaf to the trainer's signals, and dead when the trainer is, however it ended."""
+    """Deaf to the trainer's signals, but dead when the trainer says so or is dead itself, however it ended."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
-    threading.Thread(target=_die_with_parent, name=f"hpctrain-parent-watch-{worker}", daemon=True).start()
+    for watch in (_obey_parent, _die_with_parent):
+        threading.Thread(target=watch, name=f"hpctrain-{watch.__name__}-{worker}", daemon=True).start()
+
+
+def _parent() -> Any:
+    parent = parent_process()
+    assert parent is not None
+    return parent
+
+
+def _obey_parent() -> None:
+    # Slurm and launchers send SIGTERM to all processes of a job, the parent sends it to its children at exit.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != _parent().pid:
+        pass
+    os._exit(0)
 
 
 def _die_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
+    connection.wait([_parent().sentinel])
     os._exit(1)
 
 
