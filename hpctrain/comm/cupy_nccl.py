@@ -29,6 +29,15 @@ _REDUCIBLE = {
 _OPS = {"sum": "NCCL_SUM", "min": "NCCL_MIN", "max": "NCCL_MAX"}
 
 
+def has_nccl() -> bool:
+    """Whether CuPy and its NCCL can be imported."""
+    try:
+        from cupy.cuda import nccl
+    except ImportError:
+        return False
+    return bool(nccl.available)
+
+
 def start_nccl(host: Communicator, device: torch.device) -> Communicator:
     """NCCL's communicator over the ranks of ``host``, on ``device`` of this rank. Collective.
 

@@ -67,7 +67,10 @@ def probe() -> Probe:
         first_line = str(error).splitlines()[0]
         return Probe(NAME, ok=False, reason=f"mpi4py finds no MPI library: {first_line}", remedy=REMEDY)
     library = mpi.Get_library_version().split(",")[0].splitlines()[0].strip("\0 ")
-    return Probe(NAME, ok=True, versions={"mpi4py": mpi4py.__version__, "mpi": library}, built_with=("MPI",))
+    from hpctrain.comm.cupy_nccl import has_nccl
+
+    built_with = ("MPI", "NCCL") if has_nccl() else ("MPI",)
+    return Probe(NAME, ok=True, versions={"mpi4py": mpi4py.__version__, "mpi": library}, built_with=built_with)
 
 
 def start_mpi() -> Any:

@@ -56,6 +56,9 @@ def boot(topology: Topology, device: torch.device, timeout_s: float) -> Communic
     """
     import torch.distributed as dist
 
+    # Torch's optimizers import this module, whose default arguments hold the group there is by then: its threads
+    # would outlive close() and meet the end of the interpreter.
+
     backend = "nccl" if device.type == "cuda" else "gloo"
     group: dict[str, Any] = {"backend": backend, "timeout": datetime.timedelta(seconds=timeout_s)}
     if backend == "nccl":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from hpctrain.errors import UserError
 from hpctrain.topology.placement import cores_of, own_binding
 from hpctrain.topology.ranks import Topology, detect
 
-
 _ENGINE_GRACE_S = 30.0
+# malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,25 @@ def choose_device(requested: str, topology: Topology) -> torch.device:
     return device
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that a step frees, since the next step asks for it again.
+
+    Given back to the system, its pages are faulted in anew: 5 to 25 % of a step on a CPU. Other C libraries have
+    no such setting, and none is needed on a GPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
 @contextmanager
 def open_session(config: CommConfig, device: str) -> Iterator[Session]:
     """Join the job that the launcher describes; leave it when the block ends, however it ends.
 
     An exception that leaves the block ends the job on all ranks (``hpctrain.comm.abort``).
     """
+    keep_freed_memory()
     topology = detect(os.environ)
     chosen = choose_device(device, topology)
     name, reason = choose(config.engine, topology, chosen)
