@@ -11,7 +11,7 @@ import torch
 from hpctrain.comm.agree import on_rank_zero
 from hpctrain.data.types import Batch
 from hpctrain.gradients.replicas import average_buffers, check_replicas
-from hpctrain.train.checkpoint import save_checkpoint
+from hpctrain.train.checkpoint import TensorGroups, save_checkpoint
 from hpctrain.train.journal import Journal, not_finite
 from hpctrain.train.parts import Parts
 from hpctrain.train.resume import capture
@@ -105,9 +105,10 @@ class Loop:
         parts.clock.enter("checkpoint")
         check_replicas(parts.comm, parts.model.named_parameters())
         average_buffers(parts.comm, parts.model)
-        if not all_finite(parts.model):
-            raise not_finite("parameters", self.saved_step + 1, progress.step, parts.plan.schedule.lr_at(progress.step))
         checkpoint = capture(parts, progress)
+        if not all_finite(checkpoint.tensors):
+            lr = parts.plan.schedule.lr_at(progress.step - 1)
+            raise not_finite("model or the optimizer's state", self.saved_step + 1, progress.step, lr)
         on_rank_zero(
             parts.comm,
             lambda: str(save_checkpoint(self.run.checkpoints, checkpoint, parts.config.checkpoint.keep)),
@@ -116,7 +117,8 @@ class Loop:
 
 
 @torch.no_grad()
-def all_finite(model: torch.nn.Module) -> bool:
-    """Whether every number of the model's state is finite."""
-    sums = [tensor.sum() for tensor in model.state_dict().values() if tensor.is_floating_point()]
-    return bool(torch.stack(sums).isfinite().all())
+def all_finite(groups: TensorGroups) -> bool:
+    """Whether every number of a checkpoint's tensors is finite."""
+    sums = [tensor.sum() for tensors in groups.values() for tensor in tensors.values() if tensor.is_floating_point()]
+    # An optimizer may count its steps on the host.
+    return bool(torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all())
