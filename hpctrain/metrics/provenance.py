@@ -47,7 +47,7 @@ class Provenance:
         self._started = datetime.now(UTC)
         self._cpu_times = self._probe("steal_share", psutil.cpu_times)
         probes: dict[str, Callable[[], Any]] = {
-            "command": lambda: shlex.join(sys.argv),
+            "command": lambda: command_line(sys.argv),
             "python": platform.python_version,
             "versions": _versions,
             "git": _git_state,
@@ -85,6 +85,13 @@ class Provenance:
         now, then = psutil.cpu_times(), self._cpu_times
         elapsed = sum(now) - sum(then)
         return round((now.steal - then.steal) / elapsed, 6) if elapsed > 0 else 0.0
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """What was typed, without the folder in which the program happens to be installed."""
+    program = Path(arguments[0])
+    name = f"python -m {program.parent.name}" if program.name == "__main__.py" else shlex.quote(program.name)
+    return " ".join([name, *map(shlex.quote, arguments[1:])])
 
 
 def relevant_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ import pytest
 
 import hpctrain
 from hpctrain.metrics import provenance
-from hpctrain.metrics.provenance import Provenance, relevant_environment
+from hpctrain.metrics.provenance import Provenance, command_line, relevant_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,3 +135,8 @@ def test_wall_time_and_steal_cover_the_run(monkeypatch: pytest.MonkeyPatch) -> N
     record = begun.to_record()
     assert record["steal_share"] == 0.1
     assert record["wall_s"] >= 0.02
+
+
+def test_the_command_can_be_typed_again_elsewhere() -> None:
+    assert command_line(["/opt/venv/bin/hpctrain", "train", "a b.yaml"]) == "hpctrain train 'a b.yaml'"
+    assert command_line(["/srv/hpctrain/__main__.py", "doctor"]) == "python -m hpctrain doctor"
