@@ -108,6 +108,45 @@ def build_pipeline(
     return pipeline
 
 
+def build_bare_pipeline(config: DataConfig, index: Index, batch_size: int, threads: int) -> Any:
+    """What one would write with DALI alone, for comparison: its reader, its random crop and flip, on the CPU.
+
+    Gives pictures [batch, 3, size, size] float32, normalised. No loader uses it; it is here because this is the one
+    place that imports nvidia.dali.
+    """
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import Pipeline
+
+    pipeline = Pipeline(
+        batch_size=batch_size, num_threads=threads, device_id=None, prefetch_queue_depth=IN_WORK, seed=1
+    )
+    shards = [index.shards[number] for number in np.unique(index.samples["shard"])]
+    packed = bool((index.samples["offset"] > 0).any())
+    with pipeline:
+        if packed:
+            files, _ = fn.readers.webdataset(
+                paths=shards, ext=["jpg", "cls"], missing_component_behavior="error", random_shuffle=True
+            )
+        else:
+            files, _ = fn.readers.file(files=shards, random_shuffle=True)
+        pictures = fn.decoders.image_random_crop(
+            files, random_area=list(config.crop_area), random_aspect_ratio=list(config.crop_aspect)
+        )
+        side = float(config.image_size)
+        pictures = fn.resize(pictures, resize_x=side, resize_y=side, interp_type=types.INTERP_LINEAR, antialias=True)
+        pictures = fn.crop_mirror_normalize(
+            pictures,
+            mirror=fn.random.coin_flip(),
+            mean=list(config.mean),
+            std=list(config.std),
+            dtype=types.FLOAT,
+            output_layout="CHW",
+        )
+        pipeline.set_outputs(pictures)
+    pipeline.build()
+    return pipeline
+
+
 class _Feed:
     """What a pipeline is fed from, and the batches it has in work.
 
