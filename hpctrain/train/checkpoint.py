@@ -40,7 +40,8 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write ``checkpoint`` below ``folder``, remove all but the newest ``keep``, and return its path.
 
-    Raises MachineError when the disk refuses; older checkpoints are untouched then.
+    Those of later steps go too: the run went on from an older one, spoilt or left behind as they were, and they
+    would be taken for newer than this. Raises MachineError when the disk refuses; others are untouched then.
     """
     final = folder / f"{_PREFIX}{checkpoint.step:06d}"
     partial = folder / f".{final.name}.partial"
@@ -65,8 +66,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             shutil.rmtree(final)
         os.rename(partial, final)
         _sync_folder(folder)
-        for old in list_checkpoints(folder)[keep:]:
-            shutil.rmtree(old)
+        known = list_checkpoints(folder)
+        first = known.index(final)
+        for other in known[:first] + known[first + keep :]:
+            shutil.rmtree(other)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise MachineError(f"cannot write checkpoint {final}: {error.strerror or error}") from error
