@@ -147,8 +147,19 @@ def digits(destination: Annotated[Path, typer.Argument(help="folder to be made")
 
 
 @bench_app.command("step")
-def bench_step(config: ConfigPath, overrides: Overrides = None, json_file: JsonFile = None) -> None:
-    """Compare the training step with a bare torch loop and with Horovod's own optimizer, interleaved."""
+def bench_step(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    json_file: JsonFile = None,
+    rounds: Annotated[int, typer.Option(min=1, help="blocks of log.every_steps steps of each loop")] = 12,
+) -> None:
+    """Compare the training step with a bare torch loop and with Horovod's own optimizer, interleaved.
+
+    On the ranks of this job, with synthetic pictures: `horovodrun -np 2 hpctrain bench step …`.
+    """
+    from hpctrain.bench.step import bench_step_command
+
+    bench_step_command(config, overrides or [], rounds, json_file)
 
 
 @bench_app.command("data")

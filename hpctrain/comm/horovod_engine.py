@@ -40,13 +40,8 @@ _REDUCIBLE = (torch.float16, torch.float32, torch.float64, torch.int32, torch.in
 # Horovod's own fusion packs buffers in an order that depends on timing, and sums in another order each time: with
 # it, one buffer gave 2 to 9 different results over repeated runs. Buckets arrive fused already.
 _ENVIRONMENT = {"HOROVOD_FUSION_THRESHOLD": "0", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
-# What Horovod does when nothing is set, spelt out: a threshold or cycle time (ms) that was set once in a process
-# holds over a restart until it is set again (horovod/common/operations.cc, parameter_manager.cc).
-_RELEASED = {
-    "HOROVOD_FUSION_THRESHOLD": str(128 << 20),
-    "HOROVOD_CYCLE_TIME": "1",
-    "HOROVOD_DYNAMIC_PROCESS_SETS": "0",
-}
+# What Horovod does when nothing is set, spelt out: once set, a threshold holds over a restart until it is set again.
+_RELEASED = {"HOROVOD_FUSION_THRESHOLD": str(128 << 20), "HOROVOD_DYNAMIC_PROCESS_SETS": "0"}
 
 
 def probe() -> Probe:
@@ -251,14 +246,16 @@ class ReleasedHorovod:
 
     A turn restarts Horovod, so communicators split from ``comm`` end with it. Where Horovod runs on MPI, MPI must
     have been started first (``mpi_engine.start_mpi``): Horovod ends an MPI that it started, and MPI starts once.
-    Constructor and turns are collective.
+    Constructor and turns are collective. Raises UserError when the environment sets the cycle time.
     """
 
     def __init__(self, comm: HorovodCommunicator) -> None:
+        # Not only for the comparison's sake: with both it and the threshold set, a restart of 0.28.1 is a
+        # segmentation fault (ParameterManager::BayesianParameter::SetValue).
+        if "HOROVOD_CYCLE_TIME" in os.environ:
+            raise UserError("HOROVOD_CYCLE_TIME is set, but Horovod is to run as released: unset it")
         self._comm = comm
-        self._restored = {name: os.environ[name] for name in _ENVIRONMENT} | {
-            "HOROVOD_CYCLE_TIME": os.environ.get("HOROVOD_CYCLE_TIME", _RELEASED["HOROVOD_CYCLE_TIME"])
-        }
+        self._restored = {name: os.environ[name] for name in _ENVIRONMENT}
         if comm.world_size > 1 and not comm.shared.ops.mpi_enabled():
             os.environ.update(_meeting_place(comm))
 
@@ -277,7 +274,7 @@ class ReleasedHorovod:
         hvd.shutdown()
         self._comm.shared.process_sets.clear()
         os.environ.update(settings)
-        with self._comm.faults("restart"):
+        with faults(self._comm.topology, NAME, "restart", RuntimeError, ValueError):
             hvd.init()
 
 

@@ -38,7 +38,7 @@ class Loop:
         every = parts.config.checkpoint.every_steps
         while (reason := self.reason_to_stop()) is None:
             while self._steps_left():
-                self._step()
+                self.step()
                 if self._due(every) and self._steps_left():
                     self.save()
             self._evaluate()
@@ -53,7 +53,8 @@ class Loop:
         plan, progress = self.parts.plan, self.progress
         return min(plan.steps_left_in_epoch(progress.position), plan.total_steps - progress.step)
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """One optimizer step, and what belongs to it: the clock, the log and the comparison of replicas when due."""
         parts, progress = self.parts, self.progress
         parts.clock.step(progress.step)
         loss = train_step(parts, self.batches, progress.step)

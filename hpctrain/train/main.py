@@ -52,7 +52,7 @@ def train(config: Config, session: Session, run: RunDirectory, resume: str, titl
     on_rank_zero(comm, lambda: _write_config(run, config))
     feeds = build_feeds(parts, dataset, session, progress)
     display = make_display(comm.rank == 0, epochs=plan.epochs, total_steps=plan.total_steps, first_step=progress.step)
-    journal = Journal(parts, feeds.train_loader, display, _sinks(config, run, progress) if comm.rank == 0 else [])
+    journal = Journal(parts, feeds.train_loader, display, open_sinks(config, run, progress) if comm.rank == 0 else [])
     try:
         display.start(f"{title} in {run.path}", plan.describe())
         display.message(f"engine {comm.name} ({session.engine_reason}) on {comm.device}")
@@ -79,7 +79,8 @@ def _write_config(run: RunDirectory, config: Config) -> None:
     run.config.write_text(dump_config(config))
 
 
-def _sinks(config: Config, run: RunDirectory, progress: Progress) -> list[Sink]:
+def open_sinks(config: Config, run: RunDirectory, progress: Progress) -> list[Sink]:
+    """The files that rank 0 logs to, going on after the step where ``progress`` stands."""
     sinks: list[Sink] = [StepLog(run.path, progress.step)]
     if config.log.tensorboard:
         from hpctrain.metrics.tensorboard import TensorBoardLog
