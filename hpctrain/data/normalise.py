@@ -1,8 +1,4 @@
-"""The last step of every loader: bytes of pictures to the numbers a model is given, on the device that trains.
-
-Done here, once for all loaders, and not in their decoders: bytes are a quarter of what has to cross to a
-worker's parent or to a GPU.
-"""
+"""From bytes to the numbers a model is given, where the decoder does not do it itself."""
 
 from __future__ import annotations
 
@@ -12,16 +8,22 @@ from torch import Tensor
 from hpctrain.config.schema import DataConfig
 
 
+def channel_statistics(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and divisor of each channel, on the scale 0-255; a single grey channel takes the averages of three."""
+    if config.channels == 3:
+        return config.mean, config.std
+    return (sum(config.mean) / 3,), (sum(config.std) / 3,)
+
+
 class Normaliser:
-    """(value - mean) / std per channel, into one buffer that the next call overwrites."""
+    """(value - mean) / std per channel, on the device that trains: bytes are a quarter of what has to get there.
+
+    Writes into one buffer that the next call overwrites.
+    """
 
     def __init__(self, config: DataConfig, batch_size: int, device: torch.device) -> None:
-        def column(values: tuple[float, ...]) -> Tensor:
-            channels = values if config.channels == 3 else (sum(values) / 3,)
-            return torch.tensor(channels, device=device).view(1, -1, 1, 1)
-
-        self._mean = column(config.mean)
-        self._factor = 1.0 / column(config.std)
+        mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in channel_statistics(config))
+        self._mean, self._factor = mean, 1.0 / std
         size = config.image_size
         self._images = torch.empty(batch_size, config.channels, size, size, device=device)
 
