@@ -31,6 +31,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="change one key, as in train.epochs=5; repeatable"),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result there as JSON")]
+Rounds = Annotated[int, typer.Option(min=1, help="blocks of log.every_steps batches that each competitor runs")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -151,20 +152,28 @@ def bench_step(
     config: ConfigPath,
     overrides: Overrides = None,
     json_file: JsonFile = None,
-    rounds: Annotated[int, typer.Option(min=1, help="blocks of log.every_steps steps of each loop")] = 12,
+    rounds: Rounds = 12,
 ) -> None:
     """Compare the training step with a bare torch loop and with Horovod's own optimizer, interleaved.
 
     On the ranks of this job, with synthetic pictures: `horovodrun -np 2 hpctrain bench step …`.
     """
-    from hpctrain.bench.step import bench_step_command
+    from hpctrain.bench.command import bench_step_command
 
     bench_step_command(config, overrides or [], rounds, json_file)
 
 
 @bench_app.command("data")
-def bench_data(config: ConfigPath, overrides: Overrides = None, json_file: JsonFile = None) -> None:
-    """Images/s of each loader alone, on the same windows, interleaved."""
+def bench_data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    json_file: JsonFile = None,
+    rounds: Rounds = 12,
+) -> None:
+    """Images/s of each loader alone, on the same windows, interleaved. One process, without a launcher."""
+    from hpctrain.bench.command import bench_data_command
+
+    bench_data_command(config, overrides or [], rounds, json_file)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""What `hpctrain bench step` leaves: a JSON record with every sample, a table, and a sentence."""
+"""What the benches leave: a JSON record with every sample, a table, and a sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -61,22 +61,34 @@ def sentence(compared: Mapping[str, Any], unavailable: Mapping[str, str]) -> str
     return words + "."
 
 
-def render(record: Mapping[str, Any]) -> None:
-    """Print the table and the sentence."""
+def step_cells(figures: Mapping[str, Any]) -> dict[str, str]:
+    """The columns of one variant of `bench step`."""
+    step_s = figures["step_s"]
+    return {
+        "ms a step": f"{step_s['median'] * 1e3:.2f}",
+        "5 to 95 %": f"{step_s['p5'] * 1e3:.2f} to {step_s['p95'] * 1e3:.2f}",
+        "images/s": f"{figures['images_per_s']:,.1f}",
+        "CPU ms": f"{figures['cpu_s']['median'] * 1e3:.2f}",
+    }
+
+
+def rate_cells(figures: Mapping[str, Any]) -> dict[str, str]:
+    """The columns of one variant of `bench data`."""
+    rate = figures["images_per_s"]
+    return {"images/s": f"{rate['median']:,.1f}", "5 to 95 %": f"{rate['p5']:,.1f} to {rate['p95']:,.1f}"}
+
+
+def print_outcome(record: Mapping[str, Any], cells_of: Callable[[Mapping[str, Any]], Mapping[str, str]]) -> None:
+    """Print a table of the record's variants, what each of them is, and the sentence."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table("variant", "ms a step", "5 % to 95 %", "images/s", "CPU ms a step", "what it is")
-    for name, figures in record["variants"].items():
-        step_s, cpu_s = figures["step_s"], figures["cpu_s"]
-        table.add_row(
-            name,
-            f"{step_s['median'] * 1e3:.2f}",
-            f"{step_s['p5'] * 1e3:.2f} to {step_s['p95'] * 1e3:.2f}",
-            f"{figures['images_per_s']:,.1f}",
-            f"{cpu_s['median'] * 1e3:.2f}",
-            figures["what"],
-        )
+    rows = {name: cells_of(figures) for name, figures in record["variants"].items()}
+    table = Table("variant", *next(iter(rows.values())))
+    for name, cells in rows.items():
+        table.add_row(name, *cells.values())
     console.print(table)
-    console.print(record["sentence"], soft_wrap=True)
+    for name, figures in record["variants"].items():
+        console.print(f"{name}: {figures['what']}", soft_wrap=True, markup=False)
+    console.print(record["sentence"], soft_wrap=True, markup=False)

@@ -7,10 +7,6 @@ timed, the variants must have moved the same weights to the same place.
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,65 +15,43 @@ import torch
 
 from hpctrain.bench import variants as loops
 from hpctrain.bench.blocks import WARMUP_STEPS, Sample, run_rounds
-from hpctrain.bench.report import SCHEMA, compare, describe_variants, render, sentence
+from hpctrain.bench.report import SCHEMA, compare, describe_variants, sentence
 from hpctrain.bench.variants import Variant
 from hpctrain.bench.verify import TOLERANCE, VERIFIED_STEPS, verify
-from hpctrain.comm import mpi_engine
-from hpctrain.comm.agree import on_rank_zero
 from hpctrain.comm.horovod_engine import HorovodCommunicator
-from hpctrain.config.load import config_hash, load_config
+from hpctrain.config.load import config_hash
 from hpctrain.config.schema import Config
 from hpctrain.errors import UserError
-from hpctrain.metrics.jsonfiles import to_json_value, write_atomic
 from hpctrain.metrics.provenance import Provenance
-from hpctrain.topology.ranks import detect
 from hpctrain.train.build import build_parts, open_data, plan_for
 from hpctrain.train.loop import Loop
 from hpctrain.train.parts import Parts
-from hpctrain.train.session import Session, open_session
+from hpctrain.train.session import Session
 from hpctrain.train.step import seed_micro_batch
 
 #: Laid over every configuration: no files are read, no epoch ends the run, and a small rate that never changes
 #: keeps the loss finite on pictures that teach nothing.
 FIXED = ("data.loader=synthetic", "train.epochs=1000000", "schedule={kind: constant, lr: 0.001}")
-_MPI_LAUNCHERS = ("mpirun", "mpiexec", "srun")
 
 
-def bench_step_command(path: Path, overrides: Sequence[str], rounds: int, json_file: Path | None) -> None:
-    """Measure on all ranks of this job; rank 0 prints the outcome and writes it to ``json_file``."""
-    config = load_config(path, [*overrides, *FIXED])
-    _refuse(config, json_file)
-    mpi_is_held = _hold_mpi(config)
-    with open_session(config.comm, config.train.device) as session, tempfile.TemporaryDirectory() as folder:
-        record = measure(config, session, Path(folder), rounds, mpi_is_held)
-        content = (json.dumps(to_json_value(record), indent=2) + "\n").encode()
-        if json_file is not None:
-            on_rank_zero(session.comm, lambda: write_atomic(json_file, content))
-        if session.comm.rank == 0:
-            render(record)
-
-
-def _refuse(config: Config, json_file: Path | None) -> None:
-    """Raise UserError for what the loops by hand do not do, and for a result that could not be kept."""
+def _refuse(config: Config) -> None:
+    """Raise UserError for what the loops by hand do not do."""
     if config.train.accumulation > 1:
         raise UserError("bench step compares steps of one micro-batch: set train.accumulation=1")
     if config.train.ema_decay:
         raise UserError("bench step compares with loops that keep no moving average: set train.ema_decay=none")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UserError(f"the folder of {json_file} does not exist: make it, or name another file")
 
 
-def _hold_mpi(config: Config) -> bool:
-    """Start MPI before Horovod does, so that Horovod can be restarted; whether that was possible."""
-    wanted = config.comm.engine in ("auto", "horovod") and detect(os.environ).launcher in _MPI_LAUNCHERS
-    if not wanted or not mpi_engine.probe().ok:
-        return False
-    mpi_engine.start_mpi()
-    return True
+def measure(
+    config: Config, session: Session, folder: Path, rounds: int, on_round: Callable[[int], None], mpi_is_held: bool
+) -> dict[str, Any]:
+    """Build the variants, verify them, time them in ``rounds`` rounds; the JSON record. Collective.
 
-
-def measure(config: Config, session: Session, folder: Path, rounds: int, mpi_is_held: bool) -> dict[str, Any]:
-    """Build the variants, verify them, time them in ``rounds`` rounds; the record. Collective."""
+    ``config`` has ``FIXED`` laid over it; our loop logs into ``folder``. Over MPI, Horovod's own optimizer takes part
+    only where MPI was started before the session was opened: ``mpi_is_held``. Raises UserError for a configuration
+    that the loops by hand cannot follow, MachineError when they end at other weights.
+    """
+    _refuse(config)
     comm = session.comm
     provenance = Provenance(sorted(set(comm.all_gather_object(comm.topology.host))))
     dataset = open_data(comm, config)
@@ -92,7 +66,7 @@ def measure(config: Config, session: Session, folder: Path, rounds: int, mpi_is_
         steps=config.log.every_steps,
         seed=config.seed,
         tick=_ticker(session),
-        on_round=_teller(comm.rank == 0, rounds),
+        on_round=on_round,
     )
     loop.journal.close()
     parts.exchange.close()
@@ -126,18 +100,6 @@ def _ticker(session: Session) -> Callable[[], None]:
     """Tells the watch that this rank is alive, in loops that tell it nothing themselves."""
     steps = itertools.count(1)
     return lambda: session.watch.beat(next(steps), "forward")
-
-
-def _teller(is_main: bool, rounds: int) -> Callable[[int], None]:
-    """Tells after the first round how long the others will take."""
-    started_s = time.monotonic()
-
-    def tell(done: int) -> None:
-        if is_main and done == 1:
-            left_s = (time.monotonic() - started_s) * (rounds - 1)
-            print(f"1 of {rounds} rounds is done, the others take about {left_s / 60:.1f} minutes", flush=True)
-
-    return tell
 
 
 def _record(loop: Loop, variants: Sequence[Variant], samples: dict[str, list[Sample]], rounds: int) -> dict[str, Any]:
