@@ -1,21 +1,18 @@
-"""The main loader: NVIDIA DALI decodes, on CPU or GPU, exactly what the host asks for.
+"""NVIDIA DALI's part of its loader: the pipelines, and whether there is a DALI at all.
 
-DALI is given bytes, windows and flips; its readers and random operators, which have a state of their own, are
-not used, so a batch is a function of its request alone. This is the only file that imports nvidia.dali, and
-only when a loader is made.
+This is the one file that imports nvidia.dali, and only when a pipeline is built. What is fed to a pipeline, and
+what becomes of corrupt files, is ``hpctrain.data.dali_loader``.
 
 What was found out about DALI 2.4 and is relied on (tests hold it): with ``adjust_orientation`` windows are in
-coordinates of the upright picture; its CPU decoder gives the same pixels as Pillow for RGB, grey, CMYK and PNG; after an
-error a pipeline is of no further use; with the dynamic executor an output lives as long as it is referred to.
+coordinates of the upright picture; the CPU decoder gives Pillow's pixels for RGB, grey and CMYK JPEGs and PNGs;
+after an error a pipeline is of no further use; with the dynamic executor, the default, an output lives as long as it
+is referred to.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,66 +20,29 @@ import torch
 from torch import Tensor
 
 from hpctrain.config.schema import DataConfig
-from hpctrain.data.augment import Views
 from hpctrain.data.index import Index
 from hpctrain.data.normalise import channel_statistics
-from hpctrain.data.readahead import ReadAhead
-from hpctrain.data.standins import GuardedReader
-from hpctrain.data.types import Batch, Request
-from hpctrain.errors import MachineError
 from hpctrain.topology.probe import Probe
 
-#: Batches whose files are in memory, beside those that DALI has in work.
-READ_AHEAD = 2
 #: Batches that DALI has in work while the trainer computes.
 IN_WORK = 2
 
 _PACKAGES = {13: "nvidia-dali-cuda130", 12: "nvidia-dali-cuda120"}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
-    """A request with its files and views: all that DALI needs for it.
-
-    ``files`` are uint8 arrays that share memory with the bytes read, ``corners`` and ``sizes`` [n, 2] and
-    ``flips`` [n] int32 and contiguous: DALI reads all of them in place.
-    """
-
-    request: Request
-    sample_ids: np.ndarray
-    files: list[np.ndarray]
-    corners: np.ndarray
-    sizes: np.ndarray
-    flips: np.ndarray
-
-    def inputs(self) -> tuple[Any, ...]:
-        """The pipeline's inputs, in its order."""
-        return self.files, self.corners, self.sizes, self.flips
-
-    def one(self, position: int) -> Prepared:
-        """The sample at ``position`` by itself."""
-        part = slice(position, position + 1)
-        return Prepared(self.request, self.sample_ids[part], *(column[part] for column in self.inputs()))
-
-
 def build_pipeline(
     config: DataConfig, device: torch.device, batch_size: int, threads: int, source: Callable[[], tuple[Any, ...]]
 ) -> Any:
-    """DALI's pipeline from files and views to pictures [batch, channels, size, size] float32, normalised, on ``device``.
+    """The pipeline from files and views to pictures on ``device``: [batch, channels, size, size] float32, normalised.
 
-    ``source`` gives ``Prepared.inputs`` of the next batch, or raises StopIteration.
+    ``source`` gives the next batch, or raises StopIteration: files (a list of uint8 arrays), corners (x, y) and
+    sizes (w, h) of the windows [batch, 2], flips [batch], int32. DALI reads all of them in place: they have to be
+    contiguous and to outlive the pipeline or the batch.
     """
     from nvidia.dali import fn, types
-    from nvidia.dali.pipeline import Pipeline
 
     on_gpu = device.type == "cuda"
-    mean, std = channel_statistics(config)
-    pipeline = Pipeline(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=(device.index or 0) if on_gpu else None,
-        prefetch_queue_depth=IN_WORK,
-    )
+    pipeline = _new_pipeline(device, batch_size, threads)
     with pipeline:
         files, corners, sizes, flips = fn.external_source(
             source=source,
@@ -91,7 +51,7 @@ def build_pipeline(
             dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
             ndim=[1, 1, 1, 0],
         )
-        pictures = fn.decoders.image_slice(
+        pictures: Any = fn.decoders.image_slice(
             files,
             corners,
             sizes,
@@ -102,15 +62,7 @@ def build_pipeline(
             adjust_orientation=True,
             output_type=types.RGB if config.channels == 3 else types.GRAY,
         )
-        side = float(config.image_size)
-        pictures = fn.resize(pictures, resize_x=side, resize_y=side, interp_type=types.INTERP_LINEAR, antialias=True)
-        if on_gpu:
-            # Decoded by the CPU, bytes cross, a quarter of what floats would take; decoded by the GPU, they are there.
-            pictures = pictures.gpu()
-        pictures = fn.crop_mirror_normalize(
-            pictures, mirror=flips, mean=list(mean), std=list(std), dtype=types.FLOAT, output_layout="CHW"
-        )
-        pipeline.set_outputs(pictures)
+        pipeline.set_outputs(_finished(pictures, flips, config, on_gpu))
     pipeline.build()
     return pipeline
 
@@ -118,176 +70,77 @@ def build_pipeline(
 def build_bare_pipeline(config: DataConfig, index: Index, batch_size: int, threads: int) -> Any:
     """What one would write with DALI alone, for comparison: its reader, its random crop and flip, on the CPU.
 
-    Gives pictures [batch, 3, size, size] float32, normalised. No loader uses it; it is here because this is the one
-    place that imports nvidia.dali.
+    Gives pictures [batch, 3, size, size] float32, normalised, of samples and windows that DALI draws.
     """
     from nvidia.dali import fn, types
-    from nvidia.dali.pipeline import Pipeline
 
-    pipeline = Pipeline(
-        batch_size=batch_size, num_threads=threads, device_id=None, prefetch_queue_depth=IN_WORK, seed=1
-    )
     shards = [index.shards[number] for number in np.unique(index.samples["shard"])]
     packed = bool((index.samples["offset"] > 0).any())
+    pipeline = _new_pipeline(torch.device("cpu"), batch_size, threads)
     with pipeline:
-        if packed:
-            files, _ = fn.readers.webdataset(
+        read: Any = (
+            fn.readers.webdataset(
                 paths=shards, ext=["jpg", "cls"], missing_component_behavior="error", random_shuffle=True
             )
-        else:
-            files, _ = fn.readers.file(files=shards, random_shuffle=True)
-        pictures = fn.decoders.image_random_crop(
-            files, random_area=list(config.crop_area), random_aspect_ratio=list(config.crop_aspect)
+            if packed
+            else fn.readers.file(files=shards, random_shuffle=True)
         )
-        side = float(config.image_size)
-        pictures = fn.resize(pictures, resize_x=side, resize_y=side, interp_type=types.INTERP_LINEAR, antialias=True)
-        pictures = fn.crop_mirror_normalize(
-            pictures,
-            mirror=fn.random.coin_flip(),
-            mean=list(config.mean),
-            std=list(config.std),
-            dtype=types.FLOAT,
-            output_layout="CHW",
+        pictures: Any = fn.decoders.image_random_crop(
+            read[0],
+            random_area=list(config.crop_area),
+            random_aspect_ratio=list(config.crop_aspect),
+            output_type=types.RGB,
         )
-        pipeline.set_outputs(pictures)
+        pipeline.set_outputs(_finished(pictures, fn.random.coin_flip(), config, on_gpu=False))
     pipeline.build()
     return pipeline
 
 
-class _Feed:
-    """What a pipeline is fed from, and the batches it has in work.
+def take_output(pipeline: Any, device: torch.device) -> Tensor:
+    """Wait for the oldest batch in work of ``pipeline``, built for ``device``; raises RuntimeError when it failed."""
+    if device.type == "cpu":
+        (pictures,) = pipeline.share_outputs()
+        pipeline.release_outputs()
+        shared: Tensor = torch.utils.dlpack.from_dlpack(pictures.as_tensor())
+        return shared
+    from nvidia.dali.plugin.pytorch import feed_ndarray
 
-    The pipeline refers to its feed, so the files that DALI reads in place outlive the pipeline, whatever
-    error or interpreter exit ends it.
-    """
-
-    def __init__(self, coming: Iterator[Prepared]) -> None:
-        self.coming = coming
-        #: fed, output not yet taken
-        self.in_work: deque[Prepared] = deque()
-
-    def __call__(self) -> tuple[Any, ...]:
-        """Called by DALI for each batch it starts; StopIteration tells it of the end."""
-        prepared = next(self.coming)
-        self.in_work.append(prepared)
-        return prepared.inputs()
+    # Bound to the stream that uses it and copied there: DALI may reuse its memory in the order of that stream,
+    # while kernels that read the batch are still queued.
+    stream = torch.cuda.current_stream(device)
+    (pictures,) = pipeline.share_outputs(stream)
+    tensor = pictures.as_tensor()
+    images = torch.empty(tensor.shape(), dtype=torch.float32, device=device)
+    feed_ndarray(tensor, images, cuda_stream=stream)
+    pipeline.release_outputs()
+    return images
 
 
-class DaliLoader:
-    """See ``hpctrain.data.types.Loader``. One stream at a time; the pipeline is kept from one to the next."""
+def _new_pipeline(device: torch.device, batch_size: int, threads: int) -> Any:
+    from nvidia.dali.pipeline import Pipeline
 
-    name = "dali"
+    return Pipeline(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=(device.index or 0) if device.type == "cuda" else None,
+        prefetch_queue_depth=IN_WORK,
+        seed=1,
+    )
 
-    def __init__(
-        self, config: DataConfig, index: Index, *, seed: int, device: torch.device, batch_size: int, threads: int
-    ) -> None:
-        self._config = config
-        self._index = index
-        self._device = device
-        self._batch_size = batch_size
-        self._threads = threads
-        self._views = Views(config, seed, index)
-        self._files = GuardedReader(config, index)
-        self.corrupt = self._files.corrupt
-        self._feed = _Feed(iter(()))
-        self._pipeline: Any = None
 
-    def load(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """Yield one batch a request; raises UserError when too many samples are corrupt."""
-        read_ahead = ReadAhead(self._prepare, requests, READ_AHEAD)
-        self._feed.coming = read_ahead
-        try:
-            self._schedule()
-            while self._feed.in_work:
-                images = self._take()
-                prepared = self._feed.in_work.popleft()
-                # Before the batch is used, so that decoding goes on while the trainer computes.
-                self._schedule()
-                labels = torch.from_numpy(self._index.labels[prepared.sample_ids])
-                yield Batch(images, labels.to(self._device), prepared.request)
-            self._pipeline.reset()
-        except BaseException:
-            self._drop_pipeline()  # it has batches in work that nobody will take
-            raise
-        finally:
-            read_ahead.close()
+def _finished(pictures: Any, flips: Any, config: DataConfig, on_gpu: bool) -> Any:
+    """Resize, mirror and normalise."""
+    from nvidia.dali import fn, types
 
-    def close(self) -> None:
-        """Give up the pipeline and close all files."""
-        self._drop_pipeline()
-        self._files.close()
-
-    def _prepare(self, request: Request) -> Prepared:
-        ids, files = self._files.fetch(request.sample_ids)
-        windows, flips = self._views.of(request, ids)
-        arrays = [np.frombuffer(data, dtype=np.uint8) for data in files]
-        corners, sizes = (np.ascontiguousarray(part) for part in (windows[:, :2], windows[:, 2:]))
-        return Prepared(request, ids, arrays, corners, sizes, flips.astype(np.int32))
-
-    def _schedule(self) -> None:
-        if self._pipeline is None:
-            self._pipeline = build_pipeline(
-                self._config, self._device, self._batch_size, self._threads, self._feed
-            )
-        self._pipeline.schedule_run()
-
-    def _drop_pipeline(self) -> None:
-        self._pipeline = None
-        self._feed = _Feed(iter(()))
-
-    def _take(self) -> Tensor:
-        """Wait for the oldest batch in work; where a corrupt sample broke the pipeline, start again from there."""
-        while True:
-            try:
-                return self._output()
-            except RuntimeError as error:
-                failure = str(error)
-            broken = self._feed
-            self._drop_pipeline()
-            self._report_corrupt(list(broken.in_work), failure)
-            # Prepared anew, the corrupt samples have stand-ins.
-            again = map(self._prepare, [batch.request for batch in broken.in_work])
-            self._feed.coming = itertools.chain(again, broken.coming)
-            self._schedule()
-
-    def _output(self) -> Tensor:
-        if self._device.type == "cpu":
-            (pictures,) = self._pipeline.share_outputs()
-            self._pipeline.release_outputs()
-            return torch.from_dlpack(pictures.as_tensor())
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
-        # Bound to the stream that uses it and copied there: DALI may reuse its memory in the order of that
-        # stream, while kernels that read the batch are still queued.
-        stream = torch.cuda.current_stream(self._device)
-        (pictures,) = self._pipeline.share_outputs(stream)
-        tensor = pictures.as_tensor()
-        images = torch.empty(tensor.shape(), dtype=torch.float32, device=self._device)
-        feed_ndarray(tensor, images, cuda_stream=stream)
-        self._pipeline.release_outputs()
-        return images
-
-    def _report_corrupt(self, batches: list[Prepared], failure: str) -> None:
-        """Report each sample of ``batches`` that cannot be decoded; raises MachineError when there is none."""
-        # Pillow looks first: it says what is wrong with a file, which DALI does not.
-        found = [
-            self._files.judge(sample_id, data.tobytes())
-            for batch in batches
-            for sample_id, data in zip(batch.sample_ids.tolist(), batch.files, strict=True)
-        ]
-        if not any(found):
-            found = [self._refuses(batch.one(position)) for batch in batches for position in range(len(batch.files))]
-        if not any(found):
-            raise MachineError(f"DALI failed on a batch whose pictures it decodes one by one: {failure}")
-
-    def _refuses(self, sample: Prepared) -> bool:
-        """Whether DALI cannot decode a sample that Pillow can; it is then reported."""
-        try:
-            build_pipeline(self._config, self._device, 1, 1, sample.inputs).run()
-        except RuntimeError:
-            self._files.report(int(sample.sample_ids[0]), "DALI cannot decode it, though Pillow can")
-            return True
-        return False
+    side = float(config.image_size)
+    pictures = fn.resize(pictures, resize_x=side, resize_y=side, interp_type=types.INTERP_LINEAR, antialias=True)
+    if on_gpu:
+        # What the CPU decoded crosses as bytes, a quarter of the floats; what the GPU decoded is there already.
+        pictures = pictures.gpu()
+    mean, std = channel_statistics(config)
+    return fn.crop_mirror_normalize(
+        pictures, mirror=flips, mean=list(mean), std=list(std), dtype=types.FLOAT, output_layout="CHW"
+    )
 
 
 def package_name() -> str:

@@ -1,6 +1,6 @@
 """Loaders by name: which there are, which one `auto` takes here, and one made to order.
 
-A loader is a line in ``LOADERS``; its module is imported when it is asked for.
+A loader is a line in ``LOADERS`` and one in ``PROBES``; its module is imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -16,18 +16,25 @@ from hpctrain.data.types import Loader
 from hpctrain.errors import UserError
 from hpctrain.topology.probe import Probe
 
-#: name -> module and class; the module has ``probe`` too.
+#: name -> class
 LOADERS = {
-    "dali": ("hpctrain.data.dali", "DaliLoader"),
-    "torch": ("hpctrain.data.pillow_loader", "PillowLoader"),
-    "synthetic": ("hpctrain.data.synthetic", "SyntheticLoader"),
+    "dali": "hpctrain.data.dali_loader:DaliLoader",
+    "torch": "hpctrain.data.pillow_loader:PillowLoader",
+    "synthetic": "hpctrain.data.synthetic:SyntheticLoader",
+}
+
+#: name -> function that tells whether the loader works here
+PROBES = {
+    "dali": "hpctrain.data.dali:probe",
+    "torch": "hpctrain.data.pillow_loader:probe",
+    "synthetic": "hpctrain.data.synthetic:probe",
 }
 
 
 def probe(name: str) -> Probe:
     """Whether the loader ``name`` works here; raises UserError when there is none of that name."""
-    probed: Probe = _module(name).probe()
-    return probed
+    found: Probe = _load(PROBES, name)()
+    return found
 
 
 def choose(requested: str) -> tuple[str, str]:
@@ -41,7 +48,9 @@ def choose(requested: str) -> tuple[str, str]:
         return wanted, "asked for" if requested != "auto" else "DALI works here"
     if requested == "auto":
         return "torch", f"{found.reason}; {found.remedy} for the faster loader"
-    raise UserError(f"data.loader={requested} does not work here: {found.reason}; {found.remedy}, or set data.loader=auto")
+    raise UserError(
+        f"data.loader={requested} does not work here: {found.reason}; {found.remedy}, or set data.loader=auto"
+    )
 
 
 def make_loader(
@@ -57,12 +66,12 @@ def make_loader(
         raise UserError(
             f"data.decode=gpu needs DALI and a GPU, this run has {name} on {device.type}: set data.decode=auto"
         )
-    loader: Any = getattr(_module(name), LOADERS[name][1])
-    made: Loader = loader(config, index, seed=seed, device=device, batch_size=batch_size, threads=threads)
+    made: Loader = _load(LOADERS, name)(config, index, seed=seed, device=device, batch_size=batch_size, threads=threads)
     return made
 
 
-def _module(name: str) -> Any:
-    if name not in LOADERS:
-        raise UserError(f"data.loader={name} is unknown: it is one of {', '.join(LOADERS)}, or auto")
-    return importlib.import_module(LOADERS[name][0])
+def _load(table: dict[str, str], name: str) -> Any:
+    if name not in table:
+        raise UserError(f"data.loader={name} is unknown: it is one of {', '.join(table)}, or auto")
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

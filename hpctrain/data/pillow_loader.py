@@ -119,7 +119,7 @@ class PillowLoader:
         self._loader: Any = DataLoader(
             self._batches,
             batch_size=None,
-            sampler=self._stream,  # type: ignore[arg-type]  # any iterable of what the data set takes
+            sampler=self._stream,
             num_workers=workers,
             collate_fn=_as_it_is,
             worker_init_fn=_start_worker,
@@ -174,7 +174,7 @@ def _worker_options() -> dict[str, Any]:
     return {"multiprocessing_context": forkserver, "prefetch_factor": PREFETCH, "persistent_workers": True}
 
 
-def _as_it_is(answer: _Answer) -> _Answer:
+def _as_it_is(answer: Any) -> Any:
     return answer
 
 

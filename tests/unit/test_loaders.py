@@ -19,7 +19,7 @@ from tests.unit.pictures import picture_set
 CPU = torch.device("cpu")
 
 
-@pytest.fixture()
+@pytest.fixture
 def without_dali(monkeypatch: Any) -> None:
     """As on a machine where DALI is not installed."""
     monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)

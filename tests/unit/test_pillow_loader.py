@@ -80,7 +80,7 @@ def test_errors_of_workers_are_told_in_one_sentence(tmp_path: Path, threads: int
     index = picture_set(tmp_path)
     break_sample(index, 3)
     loader = loader_of(index, threads, max_corrupt_share=0.01)
-    with pytest.raises(UserError, match=r"^1 of 24 samples \(4\.17%\) cannot be decoded, more than data.max_corrupt_sh"):
+    with pytest.raises(UserError, match=r"^1 of 24 samples \(4\.17%\) cannot be decoded, more than data.max_corrupt"):
         kept(loader.load(requests_of(index)))
     loader.close()
     Path(index.shards[3]).unlink()

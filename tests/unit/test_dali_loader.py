@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from hpctrain.config.schema import DataConfig
-from hpctrain.data.dali import DaliLoader
+from hpctrain.data.dali_loader import DaliLoader
 from hpctrain.data.index import Index
 from hpctrain.data.pillow_loader import PillowLoader
 from hpctrain.data.types import Batch, Mode, Request
@@ -144,7 +144,7 @@ def test_a_batch_depends_on_its_request_alone(tmp_path: Path) -> None:
     assert_same(whole[:1], kept(loader.load(requests[:1])))
 
 
-@pytest.fixture()
+@pytest.fixture
 def broken_set(tmp_path: Path) -> tuple[Index, Index]:
     """The same pictures, whole, and with samples 5, 6 and 17 broken in three ways."""
     (tmp_path / "whole").mkdir()
@@ -207,10 +207,10 @@ def test_a_failure_that_is_no_samples_fault_ends_the_run(tmp_path: Path, monkeyp
     index = picture_set(tmp_path, 4)
     loader = loader_of(index)
 
-    def fail() -> None:
+    def fail(*arguments: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(loader, "_output", fail)
+    monkeypatch.setattr("hpctrain.data.dali_loader.take_output", fail)
     with pytest.raises(MachineError, match="decodes one by one: out of memory"):
         list(loader.load(requests_of(index, epochs=1)))
 
