@@ -143,6 +143,11 @@ class Feeds:
                 on_batch=self.on_eval_batch,
             )
 
+    @property
+    def corrupt(self) -> list[str]:
+        """A line for each sample of either part that this rank could not decode."""
+        return self.train_loader.corrupt + self.eval_loader.corrupt
+
     def close(self) -> None:
         """Stop both loaders."""
         self.train_loader.close()

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hpctrain.data.types import Loader
 from hpctrain.errors import UserError
 from hpctrain.metrics.progress import Display
 from hpctrain.metrics.steplog import EvalFigures, StepFigures
 from hpctrain.metrics.system import SystemUse
+from hpctrain.train.build import Feeds
 from hpctrain.train.parts import Parts
 from hpctrain.train.state import Evaluation, Progress
 
@@ -34,15 +34,14 @@ class Journal:
     ``sinks`` are empty on all ranks but the first.
     """
 
-    def __init__(self, parts: Parts, loader: Loader, display: Display, sinks: Sequence[Sink]) -> None:
+    def __init__(self, parts: Parts, feeds: Feeds, display: Display, sinks: Sequence[Sink]) -> None:
         self.display = display
         self.system = SystemUse(parts.comm.device)
         self._parts = parts
-        self._loader = loader
+        self._feeds = feeds
         self._sinks = sinks
         self._loss = torch.zeros((), dtype=torch.float64, device=parts.comm.device)
         self._steps = 0
-        self._corrupt_told = 0
 
     def add(self, loss: Tensor) -> None:
         """Take this rank's mean loss of one step; nothing waits for the device."""
@@ -50,12 +49,16 @@ class Journal:
         self._steps += 1
 
     def log(self, progress: Progress) -> None:
-        """Tell of the steps since the last call. Raises UserError when their loss is not finite."""
+        """Tell of the steps since the last call.
+
+        Raises UserError when their loss is not finite, or when too many samples cannot be decoded.
+        """
         parts, steps = self._parts, self._steps
         if steps == 0:
             return
-        loss, corrupt = self._reduce()
-        progress.corrupt_skipped += corrupt
+        loss, corrupt_anywhere = self._reduce(progress)
+        if corrupt_anywhere:
+            self._take_corrupt(progress)
         interval = parts.clock.interval()
         progress.train_s += interval.seconds
         figures = StepFigures(
@@ -67,20 +70,19 @@ class Journal:
             phases_s=interval.phases_s,
             counters={
                 "samples_seen": progress.samples_seen,
-                "corrupt_skipped": progress.corrupt_skipped,
+                "corrupt_skipped": len(progress.corrupt),
                 **({"loss_scale": parts.loss_scale.value} if parts.loss_scale else {}),
                 **self.system.sample(progress.step),
             },
         )
         for sink in (*self._sinks, self.display):
             sink.step(figures)
-        if corrupt:
-            self._name_corrupt()
         if not math.isfinite(loss):
             raise not_finite("loss", progress.step - steps + 1, progress.step, figures.lr)
 
     def evaluation(self, progress: Progress, result: Evaluation, seconds: float) -> None:
-        """Tell of an evaluation that took ``seconds``."""
+        """Tell of an evaluation that took ``seconds``; raises UserError when too many samples cannot be decoded."""
+        self._take_corrupt(progress)
         figures = EvalFigures(
             step=progress.step,
             epoch=self._epochs(progress),
@@ -103,23 +105,37 @@ class Journal:
         plan = self._parts.plan
         return progress.epoch + progress.position / (plan.steps_per_epoch * plan.batch_global)
 
-    def _reduce(self) -> tuple[float, int]:
-        """Mean loss a step and number of newly replaced samples, over all ranks."""
-        new_corrupt = len(self._loader.corrupt) - self._corrupt_told
-        packed = torch.stack([self._loss, torch.full_like(self._loss, new_corrupt)])
+    def _reduce(self, progress: Progress) -> tuple[float, bool]:
+        """Mean loss a step over all ranks, and whether any has found a corrupt sample not known yet."""
+        packed = torch.stack([self._loss, torch.full_like(self._loss, len(self._new_corrupt(progress)))])
         self._parts.comm.all_reduce_(packed).wait()
         loss_sum, corrupt = packed.tolist()
         mean = loss_sum / self._steps / self._parts.comm.world_size
         self._loss.zero_()
         self._steps = 0
-        return mean, int(corrupt)
+        return mean, corrupt > 0
 
-    def _name_corrupt(self) -> None:
-        """Show each sample that was replaced since this was last called, on whichever rank. Collective."""
-        lines = self._loader.corrupt[self._corrupt_told :]
-        self._corrupt_told += len(lines)
-        for line in (line for rank_lines in self._parts.comm.all_gather_object(lines) for line in rank_lines):
+    def _new_corrupt(self, progress: Progress) -> list[str]:
+        known = set(progress.corrupt)
+        return [line for line in self._feeds.corrupt if line not in known]
+
+    def _take_corrupt(self, progress: Progress) -> None:
+        """Count and show each corrupt sample once, however many ranks have met it. Collective.
+
+        A rank's loader stops the job by what it has met itself; of many ranks each meets few.
+        """
+        gathered = self._parts.comm.all_gather_object(self._new_corrupt(progress))
+        for line in dict.fromkeys(line for lines in gathered for line in lines):
+            progress.corrupt.append(line)
             self.display.message(line)
+        plan, data = self._parts.plan, self._parts.config.data
+        count, samples = len(progress.corrupt), plan.train_samples + plan.val_samples
+        if count > data.max_corrupt_share * samples:
+            raise UserError(
+                f"{count} of {samples} samples ({count / samples:.2%}) cannot be decoded, more than "
+                f"data.max_corrupt_share = {data.max_corrupt_share:.2%} allows, the last one being "
+                f"{progress.corrupt[-1]}: run `hpctrain data verify {data.path}` to list them all"
+            )
 
 
 def not_finite(what: str, first_step: int, last_step: int, lr: float) -> UserError:

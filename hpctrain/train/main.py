@@ -13,6 +13,7 @@ from hpctrain.comm.agree import on_rank_zero
 from hpctrain.comm.serial import SerialCommunicator
 from hpctrain.config.load import dump_config, load_config
 from hpctrain.config.schema import Config
+from hpctrain.metrics.jsonfiles import write_atomic
 from hpctrain.metrics.progress import make_display
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.metrics.steplog import StepLog
@@ -52,7 +53,7 @@ def train(config: Config, session: Session, run: RunDirectory, resume: str, titl
     on_rank_zero(comm, lambda: _write_config(run, config))
     feeds = build_feeds(parts, dataset, session, progress)
     display = make_display(comm.rank == 0, epochs=plan.epochs, total_steps=plan.total_steps, first_step=progress.step)
-    journal = Journal(parts, feeds.train_loader, display, open_sinks(config, run, progress) if comm.rank == 0 else [])
+    journal = Journal(parts, feeds, display, open_sinks(config, run, progress) if comm.rank == 0 else [])
     try:
         display.start(f"{title} in {run.path}", plan.describe())
         display.message(f"engine {comm.name} ({session.engine_reason}) on {comm.device}")
@@ -62,9 +63,11 @@ def train(config: Config, session: Session, run: RunDirectory, resume: str, titl
         if checkpoint is not None:
             display.message(f"going on from step {progress.step}")
         loop = Loop(parts, progress, feeds.train_batches(progress), feeds.evaluate, journal, run, progress.step)
-        if loop.reason_to_stop() == "finished" and on_rank_zero(comm, run.record.exists):
-            display.message(f"the run is complete already, see {run.record}; more train.epochs would continue it")
+        reason = loop.reason_to_stop()
+        if reason is not None and on_rank_zero(comm, run.record.exists):
+            display.message(f"this run has ended ({reason}), see {run.record}; to go on, change what ended it")
             return
+        on_rank_zero(comm, run.forget_record)
         reason = loop.train()
         loop.save()
         notes = {"ended": reason, "engine_choice": session.engine_reason}
@@ -76,7 +79,7 @@ def train(config: Config, session: Session, run: RunDirectory, resume: str, titl
 
 
 def _write_config(run: RunDirectory, config: Config) -> None:
-    run.config.write_text(dump_config(config))
+    write_atomic(run.config, dump_config(config).encode())
 
 
 def open_sinks(config: Config, run: RunDirectory, progress: Progress) -> list[Sink]:

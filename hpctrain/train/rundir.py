@@ -84,6 +84,10 @@ class RunDirectory:
         lock.flush()
         self._lock = lock
 
+    def forget_record(self) -> None:
+        """Remove the record of an earlier end, since the run goes on."""
+        self.record.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Give the lock back."""
         if self._lock is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hpctrain.config.schema import EarlyStoppingConfig
@@ -29,11 +29,12 @@ class Progress:
     epoch: int = 0
     position: int = 0
     samples_seen: int = 0
-    corrupt_skipped: int = 0
     train_s: float = 0.0
     best_gain: float | None = None
     evaluations_without_gain: int = 0
     evaluation: dict[str, float] | None = None
+    #: a line for each sample that could not be decoded, on whichever rank, in the order they were found
+    corrupt: list[str] = field(default_factory=list)
 
     def advance(self, samples: int, counted: int) -> None:
         """One optimizer step over ``samples`` positions, ``counted`` of them not padding."""

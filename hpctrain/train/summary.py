@@ -73,8 +73,8 @@ def build_record(loop: Loop, feeds: Feeds, times: RunTimes, provenance: Provenan
             "loader_choice": feeds.loader_reason,
             "real": feeds.train_loader.name != "synthetic",
             "samples_seen": progress.samples_seen,
-            "corrupt_skipped": progress.corrupt_skipped,
-            "corrupt": [line for row in ranks for line in row.pop("corrupt")][:_NAMES_KEPT],
+            "corrupt_skipped": len(progress.corrupt),
+            "corrupt": progress.corrupt[:_NAMES_KEPT],
         },
         "wire": {
             "dtype": "+".join(sorted({str(buffer.dtype).removeprefix("torch.") for buffer in buffers})) or "none",
@@ -93,7 +93,6 @@ def build_record(loop: Loop, feeds: Feeds, times: RunTimes, provenance: Provenan
 
 def _row_of_this_rank(loop: Loop, feeds: Feeds, times: RunTimes) -> dict[str, Any]:
     topology = loop.parts.comm.topology
-    corrupt = feeds.train_loader.corrupt
     return {
         "rank": topology.rank,
         "host": topology.host,
@@ -101,6 +100,5 @@ def _row_of_this_rank(loop: Loop, feeds: Feeds, times: RunTimes) -> dict[str, An
         "data_s": times.phases_s["data"],
         "forward_s": times.phases_s["forward"],
         "backward_s": times.phases_s["backward"],
-        "corrupt_skipped": len(corrupt),
-        "corrupt": corrupt[:_NAMES_KEPT],
+        "corrupt_skipped": len(feeds.corrupt),
     }

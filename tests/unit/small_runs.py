@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from hpctrain.config.plan import Plan, make_plan
 from hpctrain.config.schema import Config
 from hpctrain.data.types import Batch, Loader, Request
 from hpctrain.topology.ranks import Topology
-from hpctrain.train import build
+from hpctrain.train import build, summary
 from hpctrain.train.build import build_parts
 from hpctrain.train.main import train, train_command
 from hpctrain.train.parts import Parts
@@ -91,9 +93,15 @@ def parts_of(config: Config, comm: Communicator | None = None) -> Parts:
     return build_parts(config, plan_of(config, comm.world_size), session_of(comm))
 
 
+def without_picture() -> AbstractContextManager[object]:
+    """Draw no learning curve, which would take more time than the small run itself."""
+    return mock.patch.object(summary, "draw_learning_curve")
+
+
 def run_here(config: Config, folder: Path, resume: str = "auto") -> dict[str, Any]:
-    """Train on one rank as the command does; returns the record."""
-    train_command(config, "test", resume=resume, run_dir=folder)
+    """Train on one rank as the command does, but for the picture; returns the record."""
+    with without_picture():
+        train_command(config, "test", resume=resume, run_dir=folder)
     return record_of(folder)
 
 
@@ -108,7 +116,8 @@ def run_on(world_size: int, config: Config, folder: Path, resume: str = "auto") 
         finally:
             run.close()
 
-    run_group(world_size, rank)
+    with without_picture():
+        run_group(world_size, rank)
     return record_of(folder)
 
 

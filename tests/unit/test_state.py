@@ -62,6 +62,7 @@ def test_json_keeps_every_counter() -> None:
     progress = Progress()
     progress.advance(7, 5)
     progress.next_epoch()
-    progress.train_s, progress.corrupt_skipped = 1 / 3, 2
+    progress.train_s = 1 / 3
+    progress.corrupt.append("a.tar:0.jpg: truncated")
     progress.take(result(1 / 3, loss=2 / 7), EarlyStoppingConfig())
     assert Progress.from_numbers(json.loads(json.dumps(progress.to_numbers()))) == progress
