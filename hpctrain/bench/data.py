@@ -119,19 +119,25 @@ WHAT = {
 def measure(task: Task, rounds: int, on_round: Callable[[int], None], provenance: dict[str, Any]) -> dict[str, Any]:
     """Time all variants in ``rounds`` rounds, each variant once a round in random order; the JSON record.
 
-    Raises UserError when the data set is smaller than a batch or DALI is missing, MachineError when loaders
-    disagree about a picture.
+    Raises UserError when the data set is smaller than a batch, windows are not random or DALI is missing,
+    MachineError when loaders disagree about a picture.
     """
     if len(task.index) < task.batch_size:
         raise UserError(
             f"the data set has {len(task.index)} samples, fewer than a batch of {task.batch_size}: "
             "set train.batch_per_worker lower"
         )
+    if task.config.crop != "random":
+        raise UserError("bench data compares random windows, which DALI by itself has too: set data.crop=random")
     variants = {name: make(task) for name, make in VARIANTS.items()}
+    torch_threads = torch.get_num_threads()
+    # Torch's own threads spin for a while after each operation, on cores that belong to the decoders here.
+    torch.set_num_threads(1)
     try:
         difference = verify(task, variants)
         samples = _time_rounds(task, variants, rounds, on_round)
     finally:
+        torch.set_num_threads(torch_threads)
         for variant in variants.values():
             variant.close()
     return _record(task, samples, difference, provenance)

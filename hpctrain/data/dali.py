@@ -70,7 +70,7 @@ def build_pipeline(
 def build_bare_pipeline(config: DataConfig, index: Index, batch_size: int, threads: int) -> Any:
     """What one would write with DALI alone, for comparison: its reader, its random crop and flip, on the CPU.
 
-    Gives pictures [batch, 3, size, size] float32, normalised, of samples and windows that DALI draws.
+    Gives pictures [batch, channels, size, size] float32, normalised, of samples and windows that DALI draws.
     """
     from nvidia.dali import fn, types
 
@@ -80,7 +80,7 @@ def build_bare_pipeline(config: DataConfig, index: Index, batch_size: int, threa
     with pipeline:
         read: Any = (
             fn.readers.webdataset(
-                paths=shards, ext=["jpg", "cls"], missing_component_behavior="error", random_shuffle=True
+                paths=shards, ext=["jpg;png", "cls"], missing_component_behavior="error", random_shuffle=True
             )
             if packed
             else fn.readers.file(files=shards, random_shuffle=True)
@@ -89,7 +89,7 @@ def build_bare_pipeline(config: DataConfig, index: Index, batch_size: int, threa
             read[0],
             random_area=list(config.crop_area),
             random_aspect_ratio=list(config.crop_aspect),
-            output_type=types.RGB,
+            output_type=types.RGB if config.channels == 3 else types.GRAY,
         )
         pipeline.set_outputs(_finished(pictures, fn.random.coin_flip(), config, on_gpu=False))
     pipeline.build()

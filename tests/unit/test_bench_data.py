@@ -18,8 +18,9 @@ needs("nvidia.dali")
 
 
 def task_of(folder: Path, **options: Any) -> bench.Task:
+    config = DataConfig(image_size=16, **{key: options.pop(key) for key in ("crop", "channels") if key in options})
     settings: dict[str, Any] = {"seed": 1, "batch_size": 4, "threads": 1, "batches": 5, **options}
-    return bench.Task(DataConfig(image_size=16), picture_set(folder, 12), **settings)
+    return bench.Task(config, picture_set(folder, 12), **settings)
 
 
 def test_record_has_all_samples_and_ratios_by_round(tmp_path: Path) -> None:
@@ -58,3 +59,13 @@ def test_loaders_that_disagree_are_not_timed(tmp_path: Path, monkeypatch: Any) -
 def test_a_set_smaller_than_a_batch_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"12 samples, fewer than a batch of 32: set train\.batch_per_worker lower"):
         bench.measure(task_of(tmp_path, batch_size=32), 1, lambda number: None, {})
+
+
+def test_centre_windows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"bench data compares random windows.*: set data\.crop=random"):
+        bench.measure(task_of(tmp_path, crop="centre"), 1, lambda number: None, {})
+
+
+def test_grey_pictures_are_measured_too(tmp_path: Path) -> None:
+    record = bench.measure(task_of(tmp_path, channels=1), 1, lambda number: None, {})
+    assert record["verified"]["mean_difference_of_255"] < 1.0

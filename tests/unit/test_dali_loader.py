@@ -194,6 +194,17 @@ def test_too_many_corrupt_samples_end_the_run(broken_set: tuple[Index, Index]) -
     assert "`hpctrain data verify some/set`" in str(caught.value)
 
 
+def test_errors_met_while_reading_ahead_come_as_they_are(broken_set: tuple[Index, Index]) -> None:
+    whole, broken = broken_set
+    with pytest.raises(UserError, match=r"^1 of 24 samples"):
+        list(loader_of(broken, max_corrupt_share=0.0).load(requests_of(broken)))
+    Path(whole.shards[9]).unlink()
+    loader = loader_of(whole)
+    with pytest.raises(MachineError, match=r"0009\.jpg cannot be read: No such file"):
+        list(loader.load(requests_of(whole)))
+    assert len(kept(loader.load(requests_of(whole)[:2]))) == 2, "the loader itself is still of use"
+
+
 def test_what_only_dali_refuses_is_found_by_trying(broken_set: tuple[Index, Index], monkeypatch: Any) -> None:
     loader = loader_of(broken_set[1].select(np.array([16, 17, 18, 19])), max_corrupt_share=0.3)
     monkeypatch.setattr("hpctrain.data.standins.fault_of", lambda data, record: None)
