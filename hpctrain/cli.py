@@ -135,7 +135,9 @@ def verify(
     report = verify_all(path, jobs=jobs or len(os.sched_getaffinity(0)))
     typer.echo(report.text())
     if json_file is not None:
-        json_file.write_text(json.dumps(report.to_record(), indent=2) + "\n")
+        from hpctrain.metrics.jsonfiles import write_atomic
+
+        write_atomic(json_file, json.dumps(report.to_record(), indent=2).encode() + b"\n")
     raise typer.Exit(0 if report.ok else 1)
 
 

@@ -72,7 +72,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             shutil.rmtree(other)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise MachineError(f"cannot write checkpoint {final}: {error.strerror or error}") from error
+        raise MachineError(
+            f"cannot write checkpoint {final}: {error.strerror or error}; make room and go on with --resume auto"
+        ) from error
     return final
 
 

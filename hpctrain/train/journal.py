@@ -140,7 +140,8 @@ class Journal:
 
 def not_finite(what: str, first_step: int, last_step: int, lr: float) -> UserError:
     """The error of a run that diverged within the steps named (counted from 1)."""
+    when = f"in step {last_step}" if first_step == last_step else f"between steps {first_step} and {last_step}"
     return UserError(
-        f"the {what} became NaN or infinite between steps {first_step} and {last_step} (learning rate {lr:.4g}); "
+        f"the {what} became NaN or infinite {when} (learning rate {lr:.4g}); "
         "lower schedule.lr or lengthen schedule.warmup_epochs, and go on from the last checkpoint with --resume auto"
     )

@@ -12,12 +12,12 @@ import torch
 from hpctrain.comm.agree import on_rank_zero
 from hpctrain.comm.serial import SerialCommunicator
 from hpctrain.config.load import dump_config, load_config
-from hpctrain.config.schema import Config
+from hpctrain.config.schema import Config, ParallelConfig
 from hpctrain.metrics.jsonfiles import write_atomic
 from hpctrain.metrics.progress import make_display
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.metrics.steplog import StepLog
-from hpctrain.topology.ranks import detect
+from hpctrain.topology.ranks import Topology, detect
 from hpctrain.train.build import build_feeds, build_parts, open_data, plan_for
 from hpctrain.train.journal import Journal, Sink
 from hpctrain.train.loop import Loop
@@ -103,14 +103,17 @@ def eval_command(path: Path, overrides: list[str], json_file: Path | None) -> No
             figures = asdict(result) | {"checkpoint": str(folder)}
             print(f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  loss {result.loss:.4f}  on {result.seen} samples")
             if json_file is not None:
-                json_file.write_text(json.dumps(figures, indent=2) + "\n")
+                write_atomic(json_file, json.dumps(figures, indent=2).encode() + b"\n")
 
 
 def evaluate_checkpoint(config: Config, session: Session, folder: Path) -> Evaluation:
-    """Exact figures of one checkpoint's model, or of its moving average where it has one. Collective."""
+    """Exact figures of one checkpoint's model, or of its moving average where it has one. Collective.
+
+    On any number of ranks: the plan is that of one, since a judgement has no global batch that could be too large.
+    """
     comm = session.comm
     dataset = open_data(comm, config)
-    plan = plan_for(config, dataset, comm.topology)
+    plan = plan_for(config.model_copy(update={"parallel": ParallelConfig()}), dataset, Topology())
     parts = build_parts(config, plan, session)
     checkpoint = load_together(comm, folder)
     check_model(checkpoint, dict(parts.model.state_dict()), config.model.name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
+from hpctrain.cli import main
 from hpctrain.comm.agree import on_rank_zero
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.serial import SerialCommunicator
@@ -55,6 +58,12 @@ def values(**sections: Mapping[str, Any]) -> dict[str, Any]:
     if sections.get("model", {}).get("name", "dense") != "dense":
         merged["model"] = dict(sections["model"])
     return merged
+
+
+def write_recipe(path: Path, **sections: Mapping[str, Any]) -> Path:
+    """The same as a file."""
+    path.write_text(json.dumps(values(**sections)))  # JSON is YAML
+    return path
 
 
 def recipe(**sections: Mapping[str, Any]) -> Config:
@@ -119,6 +128,30 @@ def run_on(world_size: int, config: Config, folder: Path, resume: str = "auto") 
     with without_picture():
         run_group(world_size, rank)
     return record_of(folder)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended, and what it wrote to each stream."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command(*argv: str | Path) -> Finished:
+    """`hpctrain` with these arguments, in this process; an exception that it does not handle passes through."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", ["hpctrain", *map(str, argv)]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as leave:
+            code = int(leave.code or 0)
+    return Finished(code, out.getvalue(), err.getvalue())
 
 
 def record_of(folder: Path) -> dict[str, Any]:
