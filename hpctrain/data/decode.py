@@ -81,6 +81,9 @@ def decode(data: bytes, record: np.void, window: np.ndarray, flip: bool, size: i
     image = _in_mode(image, mode)
     scale_x, scale_y = image.size[0] / full_size[0], image.size[1] / full_size[1]
     box = (x * scale_x, y * scale_y, (x + w) * scale_x, (y + h) * scale_y)
+    if w < size or h < size:
+        # Given a box, Pillow looks half a pixel beyond it. Where pixels are spread over many, that shows.
+        image, box = image.crop((x, y, x + w, y + h)), (0, 0, w, h)
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=REDUCING_GAP)
     turn = _ORIENTATIONS[int(record["orientation"])][2]
     if turn is not None:

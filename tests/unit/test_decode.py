@@ -36,6 +36,15 @@ def test_a_window_is_resized_as_a_picture_of_its_own_would_be(tmp_path: Path) ->
     assert np.abs(shown.astype(int) - np.asarray(expected)).mean() < 0.5
 
 
+def test_a_small_window_is_not_blurred_with_what_lies_beyond_it(tmp_path: Path) -> None:
+    image = picture(60, 40)
+    data = encoded(image, image_format="PNG")
+    (record,) = index_of(tmp_path, [data]).samples
+    shown = decode(data, record, np.array([20, 10, 7, 9]), False, 64, 3)
+    expected = image.crop((20, 10, 27, 19)).resize((64, 64), Image.Resampling.BILINEAR)
+    assert np.array_equal(shown, np.asarray(expected))
+
+
 def test_a_large_jpeg_is_decoded_at_a_fraction_without_moving_the_window(tmp_path: Path) -> None:
     image = picture(1600, 1200)
     data = encoded(image)
