@@ -87,17 +87,11 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_after_it_is_logged() -> 
             journal.log(progress)
         return str(caught.value), len(kept.steps)
 
-    assert (
-        run_group(2, rank)
-        == [
-            (
-                "the loss became NaN or infinite between steps 1 and 2 (learning rate 0.05); lower schedule.lr or lengthen "
-                "schedule.warmup_epochs, and go on from the last checkpoint with --resume auto",
-                1,
-            )
-        ]
-        * 2
+    sentence = (
+        "the loss became NaN or infinite between steps 1 and 2 (learning rate 0.05); lower schedule.lr or "
+        "lengthen schedule.warmup_epochs, and go on from the last checkpoint with --resume auto"
     )
+    assert run_group(2, rank) == [(sentence, 1)] * 2
 
 
 def test_one_step_is_named_by_itself() -> None:
