@@ -183,7 +183,7 @@ class HorovodCommunicator(Communicator):
     def all_to_all_(self, output: Tensor, buffer: Tensor) -> Work:
         require_parts(output, buffer, 1)
         sent, received = as_bytes(buffer), as_bytes(output)
-        counts = torch.empty(self.world_size, dtype=torch.int32)
+        counts = torch.empty(self.world_size, dtype=torch.int32, device="cpu")
         return self._start(
             "all_to_all",
             sent,

@@ -24,6 +24,7 @@ from hpctrain.comm.agree import on_rank_zero, raise_together
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import MachineError, UserError
 from hpctrain.topology.ranks import detect
+from hpctrain.train.session import choose_device
 from tests.parallel.launch import report
 
 SIZES = (0, 1, 7, 1001)
@@ -171,7 +172,10 @@ def check_threads_go_on_while_blocked(comm: Communicator) -> None:
     thread.start()
     if comm.rank == 0:
         time.sleep(0.5)
-    comm.all_reduce_(torch.ones(3)).wait()
+    buffer = torch.ones(3)
+    comm.all_reduce_(buffer).wait()
+    # On a GPU waiting orders streams only, and this blocks.
+    buffer.tolist()
     over.set()
     thread.join()
     assert comm.world_size == 1 or len(ticks) > 10, f"{len(ticks)} ticks in half a second"
@@ -265,10 +269,14 @@ CHECKS = {name: check for name, check in list(globals().items()) if name.startsw
 
 
 def run_checks(comm: Communicator) -> dict[str, str]:
-    """Failures by name of the check. After one, ranks may be out of step, so the rest is not run."""
+    """Failures by name of the check. After one, ranks may be out of step, so the rest is not run.
+
+    Tensors that a check makes without naming a device lie on the engine's.
+    """
     for name, check in CHECKS.items():
         try:
-            check(comm)
+            with comm.device:
+                check(comm)
         except Exception:
             return {name: traceback.format_exc()}
     return {}
@@ -277,9 +285,11 @@ def run_checks(comm: Communicator) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--engine", required=True)
-    name = parser.parse_args().engine
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    comm = registry.create(name, detect(os.environ), torch.device("cpu"), timeout_s=30)
+    topology = detect(os.environ)
+    comm = registry.create(options.engine, topology, choose_device(options.device, topology), timeout_s=30)
     failures = run_checks(comm)
     report({"failures": failures, "ran": list(CHECKS)})
     if failures:
