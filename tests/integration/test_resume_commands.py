@@ -6,12 +6,13 @@ is killed within an epoch. Its own reduction is `ordered`, so one run without a 
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import Job, Ranks, train, train_argv, write_config
+from tests.integration.commands import Job, Ranks, hpctrain, train, train_argv, write_config
 from tests.needs import needs
 from tests.unit.small_runs import command, lines_of, record_of, saved_steps
 
@@ -119,6 +120,19 @@ def test_one_rank_with_another_global_batch_is_refused(config: Path, killed: Pat
         "it 16; set train.batch_per_worker and train.accumulation so that 1 x batch_per_worker x accumulation = 32\n"
     )
     assert saved_steps(killed) == [10]
+
+
+def test_eval_gives_the_same_figures_on_one_and_on_three_ranks(whole: Path, tmp_path: Path) -> None:
+    """Those of the run itself: 359 pictures, which three ranks cannot share evenly."""
+    told = record_of(whole)["accuracy"]
+    assert command("eval", whole, "--json", tmp_path / "one.json", "--set", "comm.engine=serial").code == 0
+    three = Ranks("torch", "torchrun", 3)
+    done = hpctrain(three, "eval", whole, "--json", tmp_path / "three.json", "--set", "comm.engine=torch")
+    assert done.returncode == 0, done.output
+    assert done.output.count("top-1") == 1
+    for file in ("one.json", "three.json"):
+        figures = json.loads((tmp_path / file).read_text())
+        assert [figures[key] for key in ("top1", "top5", "seen")] == [told["top1"], told["top5"], 359]
 
 
 @pytest.fixture(scope="module")
