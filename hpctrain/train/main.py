@@ -94,7 +94,7 @@ def open_sinks(config: Config, run: RunDirectory, progress: Progress) -> list[Si
 
 def eval_command(path: Path, overrides: list[str], json_file: Path | None) -> None:
     """Evaluate a checkpoint as its run would have, and print the figures on rank 0."""
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(path).absolute()
     config_file = folder.parent.parent / "config.yaml"
     config = load_config(config_file, overrides)
     with open_session(config.comm, config.train.device) as session:

@@ -94,8 +94,8 @@ def check_model(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], name: str)
         left, right = (group[key].shape if key in group else None for group in (held, wanted))
         if left != right:
             raise UserError(
-                f"the checkpoint of step {checkpoint.step} is of another model ({checkpoint.numbers['model']['name']}, "
-                f"not this {name}: {key} is {_shape(left)} there and {_shape(right)} here); "
+                f"the checkpoint of step {checkpoint.step} is of another model ({checkpoint.numbers['model']['name']} "
+                f"there, {name} here; {key} is {_shape(left)} there and {_shape(right)} here); "
                 "set the model it was made with or start a new run with --run-dir"
             )
 

@@ -69,6 +69,13 @@ def test_eval_prints_and_writes_its_figures(tmp_path: Path, pictures: dict[str, 
         assert figures == {**accuracy, "checkpoint": str(newest)}
 
 
+def test_eval_within_the_folder_of_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(recipe(train={"max_steps": 2}), tmp_path)
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    done = command("eval", "step-000002")
+    assert done.code == 0, done.err
+
+
 def test_eval_of_what_is_no_run(tmp_path: Path) -> None:
     done = command("eval", tmp_path)
     assert done.code == 2

@@ -154,13 +154,13 @@ def stopped_at_ten(folder: Path, **sections: Any) -> None:
         (
             {},
             {"model": {"neurons": 9}},
-            r"checkpoint of step 10 is of another model \(dense, not this dense: fc\.weight is \[7, 8\] there and "
+            r"checkpoint of step 10 is of another model \(dense there, dense here; fc\.weight is \[7, 8\] there and "
             r"\[7, 9\] here\); set the model it was made with or start a new run with --run-dir",
         ),
         (
             {},
             {"model": {"name": "resnet20"}},
-            r"is of another model \(dense, not this resnet20: .* is absent there and \[16\] here\)",
+            r"is of another model \(dense there, resnet20 here; .* is absent there and \[16\] here\)",
         ),
         (
             {},
