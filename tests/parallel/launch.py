@@ -100,9 +100,11 @@ def launch(
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            timed_out = _wait(process, timeout_s)
-        wall_s = time.monotonic() - started
-        survivors = _kill_survivors(job)
+            try:
+                timed_out = _wait(process, timeout_s)
+            finally:
+                wall_s = time.monotonic() - started
+                survivors = _kill_survivors(job)
         results = {int(path.stem): json.loads(path.read_text()) for path in Path(folder).glob("*.json")}
         output = log.read_text(errors="replace")
     return Run(process.returncode, output, wall_s, timed_out, survivors, results)
