@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from hpctrain.bench.blocks import WARMUP_STEPS, Sample, Spread, run_block, run_r
 from hpctrain.bench.report import compare, sentence
 from hpctrain.bench.variants import Variant
 from hpctrain.bench.verify import VERIFIED_STEPS, difference, snapshot, verify
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.horovod_engine import HorovodCommunicator, ReleasedHorovod
 from hpctrain.comm.serial import SerialCommunicator
 from hpctrain.config.load import load_config
 from hpctrain.errors import MachineError, UserError
@@ -102,6 +105,28 @@ def test_the_data_bench_is_for_one_process(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="measures one process, but mpirun started more: leave it out"):
         command.bench_data_command(tmp_path / "config.yaml", [], 1, None)
+
+
+def test_horovod_with_a_cycle_time_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "5")
+    with pytest.raises(UserError, match="HOROVOD_CYCLE_TIME is set, but Horovod is to run as released: unset it"):
+        ReleasedHorovod(cast(Any, ALONE))
+
+
+def test_horovod_over_mpi_is_left_out_where_it_cannot_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OverMpi(HorovodCommunicator):
+        def __init__(self) -> None:
+            Communicator.__init__(self, Topology(world_size=2), torch.device("cpu"))
+
+        def versions(self) -> dict[str, str]:
+            return {"horovod_controller": "mpi"}
+
+    for name in ("ours", "bare", "bare_local"):
+        monkeypatch.setattr(variants, name, lambda *_, name=name: name)
+    loop = cast(Any, SimpleNamespace(parts=SimpleNamespace(comm=OverMpi())))
+    found, unavailable = step._variants(loop, [], mpi_is_held=False)
+    assert found == ["ours", "bare", "bare_local"]
+    assert unavailable == {"horovod": "over MPI it restarts only where mpi4py is installed"}
 
 
 def counting(name: str, calls: list[str]) -> Variant:
