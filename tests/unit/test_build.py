@@ -14,6 +14,7 @@ from hpctrain.metrics.record import parameters_sha256
 from hpctrain.train import build
 from hpctrain.train.build import Feeds, build_feeds, build_net, build_parts, open_data, plan_for
 from hpctrain.train.state import Progress
+from tests.needs import needs
 from tests.unit.fake_group import FakeCommunicator, run_group
 from tests.unit.small_runs import alone, parts_of, plan_of, recipe, session_of
 
@@ -108,7 +109,7 @@ def test_threads_default_to_the_cores_of_the_rank(monkeypatch: pytest.MonkeyPatc
 
 
 def test_digits_are_made_where_they_are_absent(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
+    needs("sklearn")
     data = {"loader": "torch", "path": str(tmp_path / "digits"), "builtin": "digits", "num_classes": None}
 
     def opened(comm: FakeCommunicator) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain import __version__
+from tests.needs import needs
 from tests.unit.image_folders import image_folder
 from tests.unit.small_runs import command, write_recipe
 
@@ -118,7 +119,7 @@ def test_verify_of_a_spoilt_set_exits_with_1_and_names_the_file(tmp_path: Path) 
 
 
 def test_digits_are_packed_once(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
+    needs("sklearn")
     first, second = (command("data", "digits", tmp_path / "digits") for _ in range(2))
     assert (first.code, second.code) == (0, 0)
     assert "1,438 train and 359 val pictures of 10 classes" in first.out

@@ -107,7 +107,6 @@ def test_the_configuration_of_a_run_loads_back(tmp_path: Path) -> None:
 
 
 def test_tensorboard_can_be_read(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for steps in (10, 20):
