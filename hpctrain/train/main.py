@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from hpctrain.comm.agree import on_rank_zero
+from hpctrain.comm.base import Communicator
 from hpctrain.comm.serial import SerialCommunicator
 from hpctrain.config.load import dump_config, load_config
 from hpctrain.config.schema import Config, ParallelConfig
+from hpctrain.errors import UserError
 from hpctrain.metrics.jsonfiles import write_atomic
 from hpctrain.metrics.progress import make_display
 from hpctrain.metrics.provenance import Provenance
@@ -43,6 +45,7 @@ def train_command(config: Config, name: str, *, resume: str, run_dir: Path | Non
 def train(config: Config, session: Session, run: RunDirectory, resume: str, title: str) -> None:
     """One run: data, plan, parts, checkpoint to go on from, loop, record. Collective."""
     comm = session.comm
+    check_same_config(comm, config)
     provenance = Provenance(sorted(set(comm.all_gather_object(comm.topology.host))))
     dataset = open_data(comm, config)
     plan = plan_for(config, dataset, comm.topology)
@@ -76,6 +79,17 @@ def train(config: Config, session: Session, run: RunDirectory, resume: str, titl
         journal.close()
         feeds.close()
         parts.exchange.close()
+
+
+def check_same_config(comm: Communicator, config: Config) -> None:
+    """Raise UserError, on every rank, unless all have read the same. Collective."""
+    texts = comm.all_gather_object(dump_config(config))
+    astray = [str(rank) for rank, text in enumerate(texts) if text != texts[0]]
+    if astray:
+        raise UserError(
+            f"the configuration of rank {', '.join(astray[:8])} is not that of rank 0: "
+            "start all ranks with the same file and the same --set"
+        )
 
 
 def _write_config(run: RunDirectory, config: Config) -> None:

@@ -10,10 +10,11 @@ import pytest
 
 from hpctrain.config.load import load_config
 from hpctrain.config.schema import Config
-from hpctrain.train.main import evaluate_checkpoint
+from hpctrain.errors import UserError
+from hpctrain.train.main import check_same_config, evaluate_checkpoint
 from hpctrain.train.resume import find_checkpoint
 from hpctrain.train.state import Evaluation
-from tests.unit.fake_group import run_group
+from tests.unit.fake_group import FakeCommunicator, run_group
 from tests.unit.image_folders import image_folder
 from tests.unit.small_runs import command, recipe, record_of, run_here, run_on, session_of, write_recipe
 
@@ -54,6 +55,19 @@ def test_more_ranks_than_a_step_of_training_had_samples_for(tmp_path: Path, pict
     config = load_config(tmp_path / "config.yaml")
     for world_size in (1, 4):
         assert judged(config, tmp_path, world_size).top1 == record["accuracy"]["top1"]
+
+
+def test_ranks_with_different_configurations_do_not_start() -> None:
+    def rank(comm: FakeCommunicator) -> str:
+        with pytest.raises(UserError) as caught:
+            check_same_config(comm, recipe(checkpoint={"every_steps": 10 + comm.rank // 2}))
+        return str(caught.value)
+
+    sentence = (
+        "the configuration of rank 2, 3 is not that of rank 0: start all ranks with the same file and the same --set"
+    )
+    assert run_group(4, rank) == [sentence] * 4
+    run_group(4, lambda comm: check_same_config(comm, recipe()))
 
 
 def test_eval_prints_and_writes_its_figures(tmp_path: Path, pictures: dict[str, Any]) -> None:
