@@ -29,9 +29,11 @@ DISTRIBUTIONS = (
     "nvidia-dali-cuda130", "nvidia-dali-cuda120", "cupy", "cupy-cuda13x", "cupy-cuda12x",
     "nvidia-nccl-cu13", "nvidia-nccl-cu12",
 )  # fmt: skip
-ENVIRONMENT_PREFIXES = ("NCCL_", "UCX_", "OMPI_", "HOROVOD_", "OMP_")
+ENVIRONMENT_PREFIXES = ("NCCL_", "UCX_", "OMPI_MCA_", "HOROVOD_", "OMP_")
 ENVIRONMENT_NAMES = frozenset({"SLURM_JOB_ID"})
 
+#: what Open MPI's launcher tells its processes under that prefix: no settings of the user's
+_LAUNCHERS_OWN = frozenset({"OMPI_MCA_PREFIXES", "OMPI_MCA_cpu_type", "OMPI_MCA_initial_wdir", "OMPI_MCA_num_procs"})
 _SECRET = re.compile("SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|KEY", re.IGNORECASE)
 _GIT_TIMEOUT_S = 1.0
 
@@ -99,7 +101,9 @@ def relevant_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: environment[name]
         for name in sorted(environment)
-        if (name.startswith(ENVIRONMENT_PREFIXES) or name in ENVIRONMENT_NAMES) and not _SECRET.search(name)
+        if (name.startswith(ENVIRONMENT_PREFIXES) or name in ENVIRONMENT_NAMES)
+        and name not in _LAUNCHERS_OWN
+        and not _SECRET.search(name)
     }
 
 
