@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sysconfig
 
 from hypothesis import settings
@@ -15,6 +16,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Open MPI refuses root, as whom containers and CI often run.
 os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
 os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+
+# A suite started in the background has SIGINT ignored, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("hpctrain", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("hpctrain")

@@ -38,7 +38,8 @@ def test_only_steering_variables_are_kept() -> None:
     environment = {
         "NCCL_DEBUG": "INFO", "UCX_TLS": "rc", "OMPI_MCA_btl": "self", "HOROVOD_CYCLE_TIME": "1",
         "OMP_NUM_THREADS": "4", "SLURM_JOB_ID": "77", "SLURM_JWT": "x", "HOME": "/root", "AWS_SECRET_ACCESS_KEY": "x",
-        "_HOROVOD_SECRET_KEY": "x", "HOROVOD_SECRET_KEY": "x", "OMPI_MCA_token": "x", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_initial_wdir": "/", "NCCL_password": "x",
+        "_HOROVOD_SECRET_KEY": "x", "HOROVOD_SECRET_KEY": "x", "OMPI_MCA_token": "x", "NCCL_password": "x",
+        "OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_initial_wdir": "/",
     }  # fmt: skip
     kept = ["HOROVOD_CYCLE_TIME", "NCCL_DEBUG", "OMPI_MCA_btl", "OMP_NUM_THREADS", "SLURM_JOB_ID", "UCX_TLS"]
     assert list(relevant_environment(environment)) == kept
