@@ -13,6 +13,8 @@ from typing import IO
 from hpctrain.errors import MachineError, UserError
 
 _LOCK_NAME = ".lock"
+#: A job that was stopped may take this long to die, after its launcher has ended and the next one begun.
+_PATIENCE_S = 5.0
 
 
 def default_run_dir(name: str) -> Path:
@@ -69,16 +71,17 @@ class RunDirectory:
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            _lock_patiently(lock)
+        except BlockingIOError as error:
             lock.seek(0)
             holder = lock.read().strip() or "an unknown process"
             lock.close()
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise MachineError(f"cannot lock the run directory {self.path}: {error.strerror}") from error
             raise UserError(
                 f"run directory {self.path} is in use by {holder}; wait for that job or give another --run-dir"
             ) from error
+        except OSError as error:
+            lock.close()
+            raise MachineError(f"cannot lock the run directory {self.path}: {error.strerror}") from error
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
         lock.flush()
@@ -93,6 +96,18 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _lock_patiently(lock: IO[str]) -> None:
+    """Take the lock; raises BlockingIOError when it is still held after ``_PATIENCE_S``."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError | MachineError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from hpctrain.errors import MachineError, UserError
 from hpctrain.train.rundir import RunDirectory, default_run_dir
 
 
-def test_second_job_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+def test_second_job_is_refused_until_the_first_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpctrain.train.rundir._PATIENCE_S", 0.0)
     first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
     first.open()
     with pytest.raises(UserError, match=rf"is in use by process {os.getpid()} on host .*; wait for that job or give"):
@@ -57,3 +59,11 @@ def test_locking_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_default_name_tells_config_and_time() -> None:
     assert default_run_dir("quickstart").name.startswith("quickstart-20")
+
+
+def test_a_job_that_is_just_ending_is_waited_for(tmp_path: Path) -> None:
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    first.open()
+    threading.Timer(0.5, first.close).start()
+    second.open()
+    second.close()
