@@ -69,7 +69,7 @@ class Plan:
         then holds for the samples that are left.
         """
         assert position >= 0, position
-        return _steps(max(0, self.train_samples - position), self.batch_global, self.last_batch)
+        return count_steps(max(0, self.train_samples - position), self.batch_global, pad=self.last_batch == "pad")
 
     def to_record(self) -> dict[str, Any]:
         """The plan of record.json; the first seven keys are stable."""
@@ -131,7 +131,7 @@ def make_plan(
     ]
     if faults:
         raise UserError("\n".join(faults))
-    steps_per_epoch = _steps(train_samples, batch_global, config.train.last_batch)
+    steps_per_epoch = count_steps(train_samples, batch_global, pad=config.train.last_batch == "pad")
     scheduled_steps = config.train.epochs * steps_per_epoch
     return Plan(
         world_size=world_size,
@@ -152,8 +152,9 @@ def make_plan(
     )
 
 
-def _steps(samples: int, batch_global: int, last_batch: Literal["drop", "pad"]) -> int:
-    return samples // batch_global if last_batch == "drop" else -(-samples // batch_global)
+def count_steps(samples: int, batch_global: int, *, pad: bool) -> int:
+    """Steps over ``samples``, the last partial global batch left out or (``pad``) filled up."""
+    return -(-samples // batch_global) if pad else samples // batch_global
 
 
 def _schedule(config: Config, batch_global: int, steps_per_epoch: int, scheduled_steps: int) -> Schedule:

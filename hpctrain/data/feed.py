@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpctrain.config.plan import count_steps
 from hpctrain.data.sampler import EpochOrder
 from hpctrain.data.types import Request
 
@@ -34,8 +35,7 @@ class Share:
 
 def steps_left(num_samples: int, batch_global: int, position: int, pad: bool) -> int:
     """Steps from ``position`` to the end of an epoch, the last partial batch left out or (``pad``) filled up."""
-    remaining = max(num_samples - position, 0)
-    return -(-remaining // batch_global) if pad else remaining // batch_global
+    return count_steps(max(num_samples - position, 0), batch_global, pad=pad)
 
 
 def train_requests(
