@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +35,19 @@ Overrides = Annotated[
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result there as JSON")]
 Rounds = Annotated[int, typer.Option(min=1, help="blocks of log.every_steps batches that each competitor runs")]
+
+
+@contextmanager
+def _ended_by_interrupt() -> Iterator[None]:
+    """Around heavy imports: there Ctrl-C may come out as any error of a library, with its traceback."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _print_version(wanted: bool) -> None:
@@ -67,7 +83,8 @@ def train(
     from hpctrain.config.load import load_config
 
     settings = load_config(config, overrides or [])
-    from hpctrain.train.main import print_plan, train_command
+    with _ended_by_interrupt():
+        from hpctrain.train.main import print_plan, train_command
 
     if dry_run:
         print_plan(settings)
@@ -82,7 +99,8 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Exact top-1 and top-5 of a checkpoint on its whole validation part."""
-    from hpctrain.train.main import eval_command
+    with _ended_by_interrupt():
+        from hpctrain.train.main import eval_command
 
     eval_command(run, overrides or [], json_file)
 
@@ -160,7 +178,8 @@ def bench_step(
 
     On the ranks of this job, with synthetic pictures: `horovodrun -np 2 hpctrain bench step …`.
     """
-    from hpctrain.bench.command import bench_step_command
+    with _ended_by_interrupt():
+        from hpctrain.bench.command import bench_step_command
 
     bench_step_command(config, overrides or [], rounds, json_file)
 
@@ -173,7 +192,8 @@ def bench_data(
     rounds: Rounds = 12,
 ) -> None:
     """Images/s of each loader alone, on the same windows, interleaved. One process, without a launcher."""
-    from hpctrain.bench.command import bench_data_command
+    with _ended_by_interrupt():
+        from hpctrain.bench.command import bench_data_command
 
     bench_data_command(config, overrides or [], rounds, json_file)
 

@@ -104,7 +104,7 @@ class DaliLoader:
                 # Before the batch is used, so that decoding goes on while the trainer computes.
                 self._schedule()
                 labels = torch.from_numpy(self._index.labels[prepared.sample_ids])
-                yield Batch(images, labels.to(self._device), prepared.request)
+                yield Batch(images, labels.to(self._device), prepared.request, prepared.sample_ids)
             self._pipeline.reset()
         except BaseException:
             self._drop_pipeline()  # it has batches in work that nobody will take

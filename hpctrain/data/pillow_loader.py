@@ -37,8 +37,9 @@ PREFETCH = 2
 #: Signals that mean something to the trainer and nothing to its workers.
 _TRAINERS_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP})
 
-#: Pictures uint8 [batch, size, size, channels], labels [batch], and the samples reported since the last answer;
-#: or the error that ends the stream (raised in a worker, it would come with the worker's traceback as its text).
+#: Pictures uint8 [batch, size, size, channels], the ids [batch] they have, and the samples reported since the last
+#: answer; or the error that ends the stream (raised in a worker, it would come with the worker's traceback as its
+#: text).
 _Answer = tuple[Tensor, Tensor, list[tuple[int, str]]] | HpctrainError
 
 
@@ -64,8 +65,7 @@ class PillowBatches(Dataset[_Answer]):
                 pictures = self._decode(request, ids, files)
         except HpctrainError as error:
             return error
-        labels = torch.from_numpy(self._index.labels[ids])
-        return torch.from_numpy(pictures), labels, list(self._files.faults.items())[told:]
+        return torch.from_numpy(pictures), torch.from_numpy(ids), list(self._files.faults.items())[told:]
 
     def close(self) -> None:
         """Close all files."""
@@ -110,6 +110,7 @@ class PillowLoader:
         self, config: DataConfig, index: Index, *, seed: int, device: torch.device, batch_size: int, threads: int
     ) -> None:
         self._device = device
+        self._labels = torch.from_numpy(index.labels)
         self._batches = PillowBatches(config, index, seed)
         self._files = GuardedReader(config, index)
         self.corrupt = self._files.corrupt
@@ -136,10 +137,11 @@ class PillowLoader:
             for answer in answers:
                 if isinstance(answer, HpctrainError):
                     raise answer
-                pictures, labels, faults = answer
+                pictures, sample_ids, faults = answer
                 for sample_id, reason in faults:
                     self._files.report(sample_id, reason)
-                yield Batch(self._normalise(pictures), labels.to(self._device), self._stream.pending.popleft())
+                labels = self._labels[sample_ids].to(self._device)
+                yield Batch(self._normalise(pictures), labels, self._stream.pending.popleft(), sample_ids.numpy())
         finally:
             del answers  # else an error's traceback keeps the workers alive beyond ``close``
 

@@ -42,7 +42,8 @@ class SyntheticLoader:
         """Yield one batch a request."""
         for request in requests:
             labels = torch.from_numpy(self._index.labels[request.sample_ids])
-            yield Batch(self._images[int(request.sample_ids[0]) % BATCHES], labels.to(self._device), request)
+            images = self._images[int(request.sample_ids[0]) % BATCHES]
+            yield Batch(images, labels.to(self._device), request, request.sample_ids)
 
     def close(self) -> None:
         return

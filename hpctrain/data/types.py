@@ -31,12 +31,14 @@ class Batch:
     """A loaded micro-batch, in the order of its request.
 
     ``images`` [batch, channels, size, size] float32, normalised, on the loader's device; ``labels`` [batch]
-    int64. The tensors stay valid until the next batch is asked for.
+    int64. The tensors stay valid until the next batch is asked for. ``sample_ids`` [batch] int64 are those shown,
+    which differ from the request's where another picture stands in for one that cannot be decoded.
     """
 
     images: Tensor
     labels: Tensor
     request: Request
+    sample_ids: np.ndarray
 
 
 class Loader(Protocol):

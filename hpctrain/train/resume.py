@@ -110,7 +110,8 @@ def choose_checkpoint(
     """The checkpoint to go on from, read by every rank, or None to start afresh. Collective.
 
     ``resume`` is "auto" (the newest that all ranks can read; ``say`` tells which were passed over), "never"
-    (the run directory must be new), or the path of a checkpoint or run directory.
+    (the run directory must be new), or the path of a checkpoint or run directory (which must be this one, or this
+    one new).
     """
     candidates = on_rank_zero(comm, lambda: _candidates(checkpoints, resume))
     if resume == "never" or not candidates:
@@ -148,13 +149,13 @@ def _try(path: Path) -> tuple[Checkpoint | None, HpctrainError | None]:
 def _candidates(checkpoints: Path, resume: str) -> list[str]:
     if resume == "auto":
         return [str(path) for path in list_checkpoints(checkpoints)]
-    if resume == "never":
-        if list_checkpoints(checkpoints):
-            raise UserError(
-                f"{checkpoints.parent} already holds a run; continue it with --resume auto or give another --run-dir"
-            )
-        return []
-    return [str(find_checkpoint(Path(resume)))]
+    named = [] if resume == "never" else [find_checkpoint(Path(resume))]
+    # Steps of two runs in one directory could not be told apart.
+    if list_checkpoints(checkpoints) and checkpoints.resolve() not in [path.resolve().parent for path in named]:
+        raise UserError(
+            f"{checkpoints.parent} already holds a run; continue it with --resume auto or give another --run-dir"
+        )
+    return [str(path) for path in named]
 
 
 def find_checkpoint(path: Path) -> Path:

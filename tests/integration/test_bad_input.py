@@ -290,6 +290,18 @@ def test_checkpoints(tmp_path: Path, spoil: str | None, argv: list[str], sentenc
     assert (run / "checkpoints/step-000003").exists()
 
 
+def test_going_on_from_another_run_needs_a_new_directory(tmp_path: Path) -> None:
+    """Else the checkpoints and logs of two runs would lie in one directory."""
+    for name in ("one", "other"):
+        run_here(small_recipe(train={"max_steps": 3}), tmp_path / name)
+    path = write_recipe(tmp_path / "small.yaml", train={"max_steps": 6})
+    argv = ["train", path, "--run-dir", tmp_path / "one", "--resume", tmp_path / "other"]
+    is_refused(argv, rf"{re.escape(str(tmp_path / 'one'))} already holds a run; continue it with --resume auto .*")
+    run_here(small_recipe(train={"max_steps": 6}), tmp_path / "one", resume=str(tmp_path / "one"))
+    run_here(small_recipe(train={"max_steps": 6}), tmp_path / "new", resume=str(tmp_path / "other"))
+    assert (tmp_path / "new/checkpoints/step-000006").exists()
+
+
 def test_a_world_size_that_does_not_divide_the_set_is_told_in_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

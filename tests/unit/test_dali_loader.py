@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def requests_of(index: Index, batch: int = 4, epochs: int = 2, mode: Mode = "tra
 
 def kept(batches: Any) -> list[Batch]:
     """Copies of batches, which are only valid until the next one."""
-    return [Batch(batch.images.clone(), batch.labels.clone(), batch.request) for batch in batches]
+    return [replace(batch, images=batch.images.clone(), labels=batch.labels.clone()) for batch in batches]
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,15 +35,19 @@ class Answers(nn.Module):
         return self.table[images.reshape(len(images)).long()]
 
 
-def loaded(labels: Tensor, rank: int, world_size: int, batch: int) -> Iterator[Batch]:
+def loaded(labels: Tensor, rank: int, world_size: int, batch: int, corrupt: Collection[int] = ()) -> Iterator[Batch]:
+    """What a loader gives when sample 0 stands in for all ``corrupt`` ones."""
     for request in eval_requests(len(labels), rank, world_size, batch):
-        ids = torch.from_numpy(request.sample_ids)
-        yield Batch(ids.float().reshape(-1, 1, 1, 1), labels[ids], request)
+        shown = np.where(np.isin(request.sample_ids, list(corrupt)), 0, request.sample_ids)
+        ids = torch.from_numpy(shown)
+        yield Batch(ids.float().reshape(-1, 1, 1, 1), labels[ids], request, shown)
 
 
-def judged(table: Tensor, labels: Tensor, world_size: int, batch: int) -> list[Evaluation]:
+def judged(
+    table: Tensor, labels: Tensor, world_size: int, batch: int, corrupt: Collection[int] = ()
+) -> list[Evaluation]:
     def rank(comm: FakeCommunicator) -> Evaluation:
-        stream = loaded(labels, comm.rank, world_size, batch)
+        stream = loaded(labels, comm.rank, world_size, batch, corrupt)
         return evaluate(Answers(table).train(), stream, comm, autocast=nullcontext, on_batch=skip)
 
     return run_group(world_size, rank)
@@ -57,20 +62,24 @@ def by_hand(table: Tensor, labels: Tensor) -> tuple[int, int]:
 @settings(max_examples=40)
 @given(
     samples=st.integers(1, 40),
+    corrupt=st.sets(st.integers(1, 40)),
     classes=st.integers(2, 9),
     world_size=st.integers(1, 4),
     batch=st.integers(1, 7),
     seed=st.integers(0, 2**16),
 )
-def test_every_sample_counts_once(samples: int, classes: int, world_size: int, batch: int, seed: int) -> None:
+def test_every_sample_that_can_be_shown_counts_once(
+    samples: int, corrupt: set[int], classes: int, world_size: int, batch: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     table = torch.rand(samples * classes, generator=generator).argsort().view(samples, classes).float()
     labels = torch.randint(0, classes, (samples,), generator=generator)
-    first, five = by_hand(table, labels)
-    results = judged(table, labels, world_size, batch)
+    results = judged(table, labels, world_size, batch, corrupt)
+    whole = [number for number in range(samples) if number not in corrupt]
+    seen, first, five = len(whole), *by_hand(table[whole], labels[whole])
     assert len(set(results)) == 1
-    assert (results[0].seen, results[0].top1, results[0].top5) == (samples, first / samples, five / samples)
-    expected = nn.functional.cross_entropy(table.double(), labels).item()
+    assert (results[0].seen, results[0].top1, results[0].top5) == (seen, first / seen, five / seen)
+    expected = nn.functional.cross_entropy(table[whole].double(), labels[whole]).item()
     assert results[0].loss == pytest.approx(expected)
 
 

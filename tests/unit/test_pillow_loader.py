@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def requests_of(index: Index, epochs: int = 2) -> list[Request]:
 
 
 def kept(batches: Any) -> list[Batch]:
-    return [Batch(batch.images.clone(), batch.labels.clone(), batch.request) for batch in batches]
+    return [replace(batch, images=batch.images.clone(), labels=batch.labels.clone()) for batch in batches]
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:

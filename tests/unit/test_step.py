@@ -23,7 +23,7 @@ def pictures(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def batch(images: Tensor, labels: Tensor) -> Batch:
-    return Batch(images, labels, Request(np.arange(len(labels)), 0, len(labels), "train"))
+    return Batch(images, labels, Request(np.arange(len(labels)), 0, len(labels), "train"), np.arange(len(labels)))
 
 
 def slices(images: Tensor, labels: Tensor, size: int) -> Iterator[Batch]:
