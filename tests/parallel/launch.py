@@ -85,9 +85,15 @@ def launch(
     torchrun. ``env`` is added to the environment of every rank.
     """
     prefix = _PREFIX_OF_LAUNCHER[launcher]
-    argv = [*prefix, *([str(num_ranks)] if prefix else []), *command]
+    return run_job([*prefix, *([str(num_ranks)] if prefix else []), *command], timeout_s, env)
+
+
+def run_job(
+    argv: Sequence[str], timeout_s: float, env: Mapping[str, str] | None = None, scratch: Path | None = None
+) -> Run:
+    """Run ``argv``, which starts ranks, as ``launch`` does; ``scratch`` is a folder that all its ranks can write to."""
     job = uuid.uuid4().hex
-    with tempfile.TemporaryDirectory(prefix="hpctrain-job-") as folder:
+    with tempfile.TemporaryDirectory(prefix="hpctrain-job-", dir=scratch) as folder:
         log = Path(folder) / "output"
         started = time.monotonic()
         with log.open("wb") as sink:

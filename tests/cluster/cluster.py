@@ -1,0 +1,154 @@
+"""A switch and hosts around it, joined by one cable each, whose rate is that of a network card.
+
+::
+
+    with Cluster(4, rate="1gbit") as cluster:
+        cluster.hosts[0].run(["hostname"])
+        cluster.cut("n2")
+
+The head carries the switch (a bridge) and sees the processes of all hosts; commands there reach a host by
+``on HOST COMMAND``. Hosts are n1, n2, … at 10.77.0.1, 10.77.0.2, …; several clusters do not see each other.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+
+from tests.cluster.host import Host, HostError, boot
+
+NETWORK = "10.77.0"
+HEAD_NUMBER = 254
+ON = Path(__file__).with_name("on")
+_PREFIX = "hpctrain-cluster-"
+_PROGRAMS = ("ip", "tc", "nsenter", "unshare", "setpriv", "mount")
+# A bucket that holds two of the largest segments the kernel hands over at once, and 20 ms of queue behind it.
+_SHAPE = ("burst", "128kb", "latency", "20ms")
+
+
+class Cluster:
+    """``num_hosts`` hosts and a head; ``rate`` as tc(8) writes it (``1gbit``), None for as fast as the machine can.
+
+    ``shared`` is a folder that all hosts have at the same path, while /tmp, /run and /dev/shm are each host's own
+    and the rest of the file system is the machine's. Raises HostError where the machine refuses.
+    """
+
+    def __init__(self, num_hosts: int, rate: str | None = None) -> None:
+        if not 1 <= num_hosts < HEAD_NUMBER:
+            raise ValueError(f"a cluster has 1 to {HEAD_NUMBER - 1} hosts, not {num_hosts}")
+        self.rate = rate
+        self.shared = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+        self._names = [f"n{number}" for number in range(1, num_hosts + 1)]
+        self._nodes: dict[str, Host] = {}
+        self._write_names()
+        try:
+            self.head = boot("head", f"{NETWORK}.{HEAD_NUMBER}", self.shared, None)
+            self._lay_switch()
+            for name in self._names:
+                self.boot(name)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def hosts(self) -> list[Host]:
+        """The hosts in order, without the head."""
+        return [self._nodes[name] for name in self._names]
+
+    def boot(self, name: str) -> None:
+        """Start a host that was not there or was killed, and plug its cable in."""
+        number = self._number(name)
+        host = boot(name, f"{NETWORK}.{number}", self.shared, self.head)
+        self._nodes[name] = host
+        # A fixed address of the card, so that its peers' tables hold after a reboot.
+        self._head_net(f"ip link add {name} type veth peer name eth0 netns {_seen_from_head(host)}")
+        self._head_net(f"ip link set {name} master eth0 up")
+        host.run(["ip", "link", "set", "eth0", "address", f"02:00:00:00:00:{number:02x}", "up"])
+        host.run(["ip", "address", "add", f"{host.address}/24", "dev", "eth0"])
+        if self.rate is not None:
+            self._head_net(f"tc qdisc add dev {name} root tbf rate {self.rate} {' '.join(_SHAPE)}")
+            host.run(["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", self.rate, *_SHAPE])
+        self.head.run(["sh", "-c", f"echo {_seen_from_head(host)} > /run/hosts/{name}"])
+
+    def kill(self, name: str) -> None:
+        """Power off: all processes of the host end at once and its cable is gone, until ``boot``."""
+        self._nodes[self._names[self._number(name) - 1]].kill()
+
+    def cut(self, name: str) -> None:
+        """Pull the host's cable; its card still believes in it, as behind a switch that has failed."""
+        self._number(name)
+        self._head_net(f"ip link set {name} down")
+
+    def mend(self, name: str) -> None:
+        """Plug the cable in again. The first packet may wait a second for the other's address."""
+        self._number(name)
+        self._head_net(f"ip link set {name} up")
+
+    def close(self) -> None:
+        """End all processes of all hosts, and remove the shared folder. May be called twice."""
+        if hasattr(self, "head"):
+            # The hosts' process spaces lie within the head's.
+            self.head.kill()
+            for host in self._nodes.values():
+                host.reap()
+        shutil.rmtree(self.shared, ignore_errors=True)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _number(self, name: str) -> int:
+        if name not in self._names:
+            raise ValueError(f"there is no host {name!r}: the hosts are {', '.join(self._names)}")
+        return self._names.index(name) + 1
+
+    def _write_names(self) -> None:
+        etc = self.shared / "etc"
+        etc.mkdir()
+        numbered = [*enumerate(self._names, start=1), (HEAD_NUMBER, "head")]
+        lines = ["127.0.0.1 localhost", *(f"{NETWORK}.{number} {name}" for number, name in numbered)]
+        (etc / "hosts").write_text("\n".join(lines) + "\n")
+
+    def _lay_switch(self) -> None:
+        self._head_net("ip link add eth0 type bridge")
+        self._head_net(f"ip address add {self.head.address}/24 dev eth0")
+        self._head_net("ip link set eth0 up")
+        self.head.run(["mkdir", "/run/hosts"])
+
+    def _head_net(self, command: str) -> None:
+        self.head.run(command.split())
+
+
+def _seen_from_head(host: Host) -> int:
+    """The host's pid 1 as the head counts: the line lists it for this machine, the head and the host."""
+    status = Path(f"/proc/{host.pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("NSpid:"))
+    return int(line.split()[-2])
+
+
+def leftovers() -> list[Path]:
+    """Shared folders of clusters whose process was killed: all that can remain of one."""
+    folders = Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*")
+    return [folder for folder in folders if not Path("/proc", folder.name.split("-")[2]).exists()]
+
+
+@cache
+def obstacle() -> str | None:
+    """Why no cluster can be had on this machine, or None: tried out once, with one host."""
+    folders = "/usr/sbin:/sbin:/usr/bin:/bin"
+    missing = [name for name in _PROGRAMS if not shutil.which(name) and not shutil.which(name, path=folders)]
+    if missing:
+        return f"{', '.join(missing)} not found: run tests/cluster/install.sh"
+    try:
+        Cluster(1, rate="1gbit").close()
+    except HostError as error:
+        return str(error)
+    return None

@@ -1,0 +1,129 @@
+"""One host: namespaces held by one process, its pid 1. It knows nothing of cables; ``cluster.py`` lays those.
+
+When pid 1 ends, the kernel kills every process of the host, and its network and mounts go with the last of them.
+Nothing has a name outside, so there is nothing to remove. Pid 1 ends when its host is killed, and also when the
+process that made it dies in whatever way, because that closes a pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BOOT_SCRIPT = Path(__file__).with_name("boot.sh")
+BOOT_TIMEOUT_S = 10.0
+_NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
+#: ip and tc are not on every user's PATH
+_SYSTEM_FOLDERS = "/usr/sbin:/sbin"
+
+
+class HostError(Exception):
+    """The machine does not let a host come up, or a command that must succeed on one has failed."""
+
+
+class Traffic(NamedTuple):
+    """Bytes through a host's network card since it came up, headers included."""
+
+    sent: int
+    received: int
+
+    def since(self, before: Traffic) -> Traffic:
+        return Traffic(self.sent - before.sent, self.received - before.received)
+
+
+class Host:
+    """Made by ``boot``. ``pid`` is that of its pid 1 on this machine."""
+
+    def __init__(self, name: str, address: str, holder: subprocess.Popen[str], pid: int, *, as_root: bool) -> None:
+        self.name, self.address, self.pid = name, address, pid
+        self._holder = holder
+        self._user = [] if as_root else ["--user", "--preserve-credentials"]
+
+    def command(self, argv: Sequence[str]) -> list[str]:
+        """``argv`` so that it runs on this host, in the current folder, and dies with the process started."""
+        enter = ["nsenter", f"--target={self.pid}", *self._user, *_NAMESPACES]
+        return [*enter, "setpriv", "--pdeathsig=KILL", "env", f"--chdir={os.getcwd()}", *argv]
+
+    def start(self, argv: Sequence[str], env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[Any]:
+        """Start ``argv`` on the host; ``env`` is the whole environment, ``options`` are Popen's."""
+        return subprocess.Popen(self.command(argv), env=_with_system_path(env), start_new_session=True, **options)
+
+    def run(
+        self, argv: Sequence[str], timeout_s: float = 30.0, env: Mapping[str, str] | None = None, *, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``argv`` on the host and collect stdout and stderr.
+
+        Raises HostError with its output when it fails and ``check`` is set, TimeoutExpired at the limit.
+        """
+        done = subprocess.run(
+            self.command(argv),
+            env=_with_system_path(env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        if check and done.returncode:
+            raise HostError(f"{self.name}: {' '.join(argv)} left with {done.returncode}: {done.stderr or done.stdout}")
+        return done
+
+    def traffic(self, card: str = "eth0") -> Traffic:
+        """What has passed ``card`` so far, as the kernel counts it."""
+        paths = [f"/sys/class/net/{card}/statistics/{way}_bytes" for way in ("tx", "rx")]
+        sent, received = self.run(["cat", *paths]).stdout.split()
+        return Traffic(int(sent), int(received))
+
+    @property
+    def alive(self) -> bool:
+        return self._holder.poll() is None
+
+    def kill(self) -> None:
+        """End all processes of the host at once, as pulling its plug would; returns when they are gone."""
+        if self.alive:
+            os.kill(self.pid, signal.SIGKILL)
+        self.reap()
+
+    def reap(self) -> None:
+        """Wait for a host that is about to end."""
+        self._holder.wait(BOOT_TIMEOUT_S)
+        for pipe in (self._holder.stdin, self._holder.stdout, self._holder.stderr):
+            if pipe:
+                pipe.close()
+
+
+def boot(name: str, address: str, shared: Path, head: Host | None) -> Host:
+    """A new host without cables. Its processes are visible on ``head``, if given, and end with it.
+
+    Raises HostError with the machine's own words when a namespace or a mount is refused.
+    """
+    as_root = os.geteuid() == 0
+    if head is None:
+        outer = ["unshare", *([] if as_root else ["--user", "--map-root-user"])]
+    else:
+        user = [] if as_root else ["--user", "--preserve-credentials"]
+        outer = ["nsenter", f"--target={head.pid}", *user, "--pid", "unshare"]
+    holder = subprocess.Popen(
+        [*outer, *_NAMESPACES, "--fork", "--kill-child", "bash", str(BOOT_SCRIPT), name, str(shared)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_with_system_path(None),
+        start_new_session=True,
+    )
+    assert holder.stdout is not None
+    pid = holder.stdout.readline().strip()
+    if not pid:
+        _, complaint = holder.communicate(timeout=BOOT_TIMEOUT_S)
+        raise HostError(f"host {name} does not come up: {complaint.strip()}")
+    return Host(name, address, holder, int(pid), as_root=as_root)
+
+
+def _with_system_path(env: Mapping[str, str] | None) -> dict[str, str]:
+    env = dict(os.environ if env is None else env)
+    return {**env, "PATH": f"{env.get('PATH', '/usr/bin:/bin')}:{_SYSTEM_FOLDERS}"}
