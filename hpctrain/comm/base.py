@@ -43,15 +43,43 @@ class FinishedWork:
         return
 
 
+class Window(Protocol):
+    """Memory of one host that all ranks of a group see: each writes a part of its own and reads the others'.
+
+    A round is: write, ``post``, ``wait`` for the others' same number of posts, read. A rank that writes its part
+    again must know that the others have read it: from a later round's ``wait``.
+    """
+
+    #: one a rank, uint8 [nbytes], in rank order: mine may be written, the others' only read
+    parts: list[Tensor]
+    #: how often this rank has posted
+    posted: int
+
+    def post(self) -> None:
+        """Let the others see all that I have written."""
+
+    def wait(self, count: int) -> None:
+        """Return when every rank has posted ``count`` times or more. It may be called where ranks outnumber cores.
+
+        Raises MachineError, naming rank and host, when one that has not will never do: its process is gone.
+        """
+
+    def close(self) -> None:
+        """Give the memory back, as soon as nobody holds a tensor on it."""
+
+
 class Communicator(ABC):
     """One group of ranks. ``topology`` tells this process's place in it."""
 
     #: name in the registry, for records and messages
     name: str
+    #: why the last ``open_window`` opened none
+    window_refusal: str = ""
 
     def __init__(self, topology: Topology, device: torch.device) -> None:
         self.topology = topology
         self.device = device
+        self._groups: dict[tuple[int, ...], Communicator | None] = {}
 
     @property
     def rank(self) -> int:
@@ -78,6 +106,13 @@ class Communicator(ABC):
         """Send the r-th part of ``buffer`` [world_size * n] to rank r; ``output`` holds one part from each rank."""
 
     @abstractmethod
+    def gather_(self, output: Tensor | None, buffer: Tensor, root: int = 0) -> Work:
+        """Put rank r's ``buffer`` [n] into the r-th part of rank ``root``'s ``output`` [world_size * n].
+
+        Nothing else travels; ``output`` of the other ranks is not looked at.
+        """
+
+    @abstractmethod
     def broadcast_(self, buffer: Tensor, root: int = 0) -> Work:
         """Copy ``buffer`` [n] of rank ``root`` to every rank."""
 
@@ -88,6 +123,24 @@ class Communicator(ABC):
         Collective over the world: every rank names the same ``ranks``. The new topology counts rank and world size
         in the group; its node part stays the job's. Raises ValueError when ``ranks`` is not ascending.
         """
+
+    def group(self, ranks: Sequence[int]) -> Communicator | None:
+        """What ``split`` gives for ``ranks``, split the first time and kept from then on. Collective alike."""
+        members = tuple(ranks)
+        if members not in self._groups:
+            self._groups[members] = self.split(members)
+        return self._groups[members]
+
+    def open_window(self, nbytes: int) -> Window | None:
+        """A window with ``nbytes`` of memory a rank, or None on all ranks, with the reason in ``window_refusal``:
+        ranks on several hosts, buffers on a GPU, or a host that does not let processes share memory in this way.
+
+        Collective: every rank passes the same ``nbytes``.
+        """
+        from hpctrain.comm.window import open_window
+
+        window, self.window_refusal = open_window(self, nbytes)
+        return window
 
     @abstractmethod
     def barrier(self) -> None:

@@ -36,6 +36,14 @@ def require_parts(whole: Tensor, part: Tensor, num_parts: int) -> None:
         )
 
 
+def require_output(output: Tensor | None, buffer: Tensor, num_parts: int) -> Tensor:
+    """A gathering root's ``output``; ValueError unless it is there and holds ``num_parts`` times ``buffer``."""
+    if output is None:
+        raise ValueError("the root of a gather needs an output")
+    require_parts(output, buffer, num_parts)
+    return output
+
+
 def require_ascending(ranks: Sequence[int]) -> None:
     """Raise ValueError unless ``ranks`` is not empty and strictly ascending: engines order groups that way."""
     if not ranks or any(low >= high for low, high in pairwise(ranks)):

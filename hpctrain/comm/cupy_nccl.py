@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.comm.base import Communicator, FinishedWork, Op, Work
-from hpctrain.comm.checks import as_bytes, faults, require_parts, require_reducible
+from hpctrain.comm.checks import as_bytes, faults, require_output, require_parts, require_reducible
 from hpctrain.errors import UserError
 
 NAME = "mpi"
@@ -102,6 +102,12 @@ class CupyNcclCommunicator(Communicator):
         require_parts(output, buffer, 1)
         return self._start(lambda stream: self._exchange(output, buffer, stream), buffer, output)
 
+    def gather_(self, output: Tensor | None, buffer: Tensor, root: int = 0) -> Work:
+        if self.rank != root:
+            return self._start(lambda stream: self._gather(None, buffer, root, stream), buffer)
+        whole = require_output(output, buffer, self.world_size)
+        return self._start(lambda stream: self._gather(whole, buffer, root, stream), buffer, whole)
+
     def broadcast_(self, buffer: Tensor, root: int = 0) -> Work:
         pointer, count = buffer.data_ptr(), as_bytes(buffer).numel()
         return self._start(lambda stream: self._comm.bcast(pointer, count, self._nccl.NCCL_UINT8, root, stream), buffer)
@@ -139,6 +145,15 @@ class CupyNcclCommunicator(Communicator):
             offset = peer * part
             self._comm.send(buffer.data_ptr() + offset, part, self._nccl.NCCL_UINT8, peer, stream)
             self._comm.recv(output.data_ptr() + offset, part, self._nccl.NCCL_UINT8, peer, stream)
+        self._nccl.groupEnd()
+
+    def _gather(self, output: Tensor | None, buffer: Tensor, root: int, stream: int) -> None:
+        part = as_bytes(buffer).numel()
+        self._nccl.groupStart()
+        self._comm.send(buffer.data_ptr(), part, self._nccl.NCCL_UINT8, root, stream)
+        if output is not None:
+            for peer in range(self.world_size):
+                self._comm.recv(output.data_ptr() + peer * part, part, self._nccl.NCCL_UINT8, peer, stream)
         self._nccl.groupEnd()
 
     def _reducible(self, buffer: Tensor) -> Any:

@@ -6,7 +6,6 @@ Horovod is used as a library of collectives only; its optimizer wrappers, compre
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,10 +19,12 @@ from hpctrain.comm.checks import (
     as_bytes,
     faults,
     require_ascending,
+    require_output,
     require_parts,
     require_reducible,
     require_same_world,
 )
+from hpctrain.comm.names import Names
 from hpctrain.comm.process import end_process
 from hpctrain.errors import UserError
 from hpctrain.topology.probe import Probe
@@ -78,30 +79,18 @@ def boot(topology: Topology, device: torch.device, timeout_s: float) -> Communic
         raise UserError(f"Horovod was built without NCCL and would copy GPU buffers through the host: {REMEDY_GPU}")
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    with faults(topology, NAME, "start", RuntimeError, ValueError):
-        hvd.init()
-    require_same_world(topology, NAME, hvd.rank(), hvd.size(), _REMEDY_WORLD)
+    join(topology)
     return HorovodCommunicator(topology, device, hvd.global_process_set, _Shared(mpi_ops, list(range(hvd.size()))))
 
 
-class _Names:
-    """Names of operations under way, reused so that Horovod's response cache knows them.
+def join(topology: Topology) -> Any:
+    """Start Horovod as the environment says; its module horovod.torch. UserError when its world is another one."""
+    import horovod.torch as hvd
 
-    Ranks match operations by name, so a name depends only on the program's order of starts and waits: the lowest
-    number that is free among operations of the same kind, dtype and size.
-    """
-
-    def __init__(self) -> None:
-        self._taken: defaultdict[str, set[int]] = defaultdict(set)
-
-    def take(self, kind: str) -> tuple[str, int]:
-        taken = self._taken[kind]
-        number = next(number for number in range(len(taken) + 1) if number not in taken)
-        taken.add(number)
-        return kind, number
-
-    def give_back(self, name: tuple[str, int]) -> None:
-        self._taken[name[0]].discard(name[1])
+    with faults(topology, NAME, "start", RuntimeError, ValueError):
+        hvd.init()
+    require_same_world(topology, NAME, hvd.rank(), hvd.size(), _REMEDY_WORLD)
+    return hvd
 
 
 @dataclass
@@ -110,7 +99,7 @@ class _Shared:
 
     ops: Any
     world: list[int]
-    names: _Names = field(default_factory=_Names)
+    names: Names = field(default_factory=Names)
     process_sets: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
 
@@ -182,13 +171,15 @@ class HorovodCommunicator(Communicator):
 
     def all_to_all_(self, output: Tensor, buffer: Tensor) -> Work:
         require_parts(output, buffer, 1)
-        sent, received = as_bytes(buffer), as_bytes(output)
-        counts = torch.empty(self.world_size, dtype=torch.int32, device="cpu")
-        return self._start(
-            "all_to_all",
-            sent,
-            lambda name: self._ops._alltoall_async(sent, None, received, counts, name, self._process_set),
-        )
+        return self._exchange("all_to_all", as_bytes(buffer), None, as_bytes(output))
+
+    def gather_(self, output: Tensor | None, buffer: Tensor, root: int = 0) -> Work:
+        # Horovod has no gather: an all-to-all in which everything goes to the root, and nothing to the others.
+        sent, is_root = as_bytes(buffer), self.rank == root
+        received = as_bytes(require_output(output, buffer, self.world_size)) if is_root else sent.new_empty(0)
+        splits = torch.zeros(self.world_size, dtype=torch.int32, device="cpu")
+        splits[root] = sent.numel()
+        return self._exchange(f"gather_to_{root}", sent, splits, received)
 
     def broadcast_(self, buffer: Tensor, root: int = 0) -> Work:
         moved, world_root = as_bytes(buffer), self._world_ranks[root]
@@ -207,11 +198,19 @@ class HorovodCommunicator(Communicator):
             return HorovodCommunicator(self.topology, self.device, self._process_set, self.shared, is_split=True)
         # Horovod knows a set of ranks once only, and adding one is collective over the world.
         if members not in self.shared.process_sets:
-            self.shared.process_sets[members] = self._ops.add_process_set(list(members))
+            try:
+                self.shared.process_sets[members] = self._ops.add_process_set(list(members))
+            except ValueError as error:
+                raise UserError(f"Horovod makes no groups of its ranks: {error}") from error
         if self.rank not in ranks:
             return None
         topology = replace(self.topology, rank=list(ranks).index(self.rank), world_size=len(ranks))
         return HorovodCommunicator(topology, self.device, self.shared.process_sets[members], self.shared, is_split=True)
+
+    def forget_groups(self) -> None:
+        """Groups end with the world they were split from: after a restart they are split anew."""
+        self.shared.process_sets.clear()
+        self._groups.clear()
 
     def barrier(self) -> None:
         with self.faults("barrier"):
@@ -234,10 +233,26 @@ class HorovodCommunicator(Communicator):
             found["horovod_fusion_threshold"] = f"{threshold} (not reproducible)"
         return found
 
+    def _exchange(self, operation: str, sent: Tensor, splits: Tensor | None, received: Tensor) -> Work:
+        counts = torch.empty(self.world_size, dtype=torch.int32, device="cpu")
+        return self._start(
+            operation,
+            sent,
+            lambda name: self._ops._alltoall_async(sent, splits, received, counts, name, self._process_set),
+        )
+
     def _start(self, operation: str, buffer: Tensor, start: Callable[[str], int]) -> Work:
         group = self._process_set.process_set_id
         kind = f"{operation}.{str(buffer.dtype).removeprefix('torch.')}.{buffer.numel()}.group{group}"
         return _HorovodWork(self, operation, start, kind)
+
+
+def serve_rendezvous() -> tuple[Any, int]:
+    """A server in this process where Gloo's ranks meet, any number of times, and its port."""
+    from horovod.runner.http.http_server import RendezvousServer
+
+    server = RendezvousServer()
+    return server, server.start()
 
 
 class ReleasedHorovod:
@@ -272,17 +287,13 @@ class ReleasedHorovod:
         # Nobody may begin anew while another rank is still reading what the last start left.
         self._comm.barrier()
         hvd.shutdown()
-        self._comm.shared.process_sets.clear()
+        self._comm.forget_groups()
         os.environ.update(settings)
-        with faults(self._comm.topology, NAME, "restart", RuntimeError, ValueError):
-            hvd.init()
+        join(self._comm.topology)
 
 
 def _meeting_place(comm: Communicator) -> dict[str, str]:
     """A rendezvous server for Gloo that serves any number of starts: horovodrun's keeps addresses of the first one."""
-    from horovod.runner.http.http_server import RendezvousServer
-
-    port = RendezvousServer().start() if comm.rank == 0 else 0
     host = "127.0.0.1" if comm.topology.num_nodes == 1 else comm.topology.host
-    host, port = comm.broadcast_object([host, port])
+    host, port = comm.broadcast_object([host, serve_rendezvous()[1] if comm.rank == 0 else 0])
     return {"HOROVOD_GLOO_RENDEZVOUS_ADDR": host, "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port)}

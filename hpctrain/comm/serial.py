@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.comm.base import Communicator, FinishedWork, Op, Work
-from hpctrain.comm.checks import require_ascending, require_parts, require_same_world
+from hpctrain.comm.checks import require_ascending, require_output, require_parts, require_same_world
 from hpctrain.comm.process import end_process
 from hpctrain.topology.probe import Probe
 from hpctrain.topology.ranks import Topology
@@ -43,6 +43,9 @@ class SerialCommunicator(Communicator):
 
     def all_to_all_(self, output: Tensor, buffer: Tensor) -> Work:
         return self._copy(output, buffer)
+
+    def gather_(self, output: Tensor | None, buffer: Tensor, root: int = 0) -> Work:
+        return self._copy(require_output(output, buffer, 1), buffer)
 
     def broadcast_(self, buffer: Tensor, root: int = 0) -> Work:
         return FinishedWork()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.comm.base import Communicator, Op, Work
-from hpctrain.comm.checks import as_bytes, faults, require_ascending, require_parts, require_reducible
+from hpctrain.comm.checks import as_bytes, faults, require_ascending, require_output, require_parts, require_reducible
 from hpctrain.comm.process import end_process
 from hpctrain.topology.probe import Probe
 from hpctrain.topology.ranks import Topology
@@ -68,6 +68,20 @@ def boot(topology: Topology, device: torch.device, timeout_s: float) -> Communic
     with faults(topology, NAME, "start", RuntimeError, ValueError):
         dist.init_process_group(**group)
     return TorchCommunicator(topology, device, None)
+
+
+def wrap_released(model: torch.nn.Module, device: torch.device, *, fp16: bool) -> torch.nn.Module:
+    """``model`` in DistributedDataParallel over the world's group, as it comes: a peer to be measured against.
+
+    ``fp16`` adds the hook that sends gradients in that format.
+    """
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    if fp16:
+        wrapped.register_comm_hook(None, fp16_compress_hook)
+    return wrapped
 
 
 def _meet(topology: Topology, timeout_s: float) -> Any:
@@ -140,6 +154,15 @@ class TorchCommunicator(Communicator):
         return self._start(
             "all_to_all",
             lambda: self._dist.all_to_all_single(received, sent, group=self._group, async_op=True),
+        )
+
+    def gather_(self, output: Tensor | None, buffer: Tensor, root: int = 0) -> Work:
+        sent, world_root, parts = as_bytes(buffer), self._world_ranks[root], None
+        if self.rank == root:
+            whole = as_bytes(require_output(output, buffer, self.world_size))
+            parts = list(whole.tensor_split(self.world_size))
+        return self._start(
+            "gather", lambda: self._dist.gather(sent, parts, world_root, group=self._group, async_op=True)
         )
 
     def broadcast_(self, buffer: Tensor, root: int = 0) -> Work:

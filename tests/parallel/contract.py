@@ -9,10 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +134,32 @@ def check_all_to_all(comm: Communicator) -> None:
             same(buffer, ramp(size * comm.world_size, comm.rank, dtype))
 
 
+def check_large_parts(comm: Communicator) -> None:
+    """Engines may move large parts in another way."""
+    size = 40_001
+    mine = slice(comm.rank * size, (comm.rank + 1) * size)
+    for _ in range(2):
+        gathered = torch.zeros(size * comm.world_size)
+        exchanged = torch.zeros(size * comm.world_size)
+        sent = ramp(size * comm.world_size, comm.rank, torch.float32)
+        works = [comm.all_gather_(gathered, sent[:size]), comm.all_to_all_(exchanged, sent)]
+        for work in works:
+            work.wait()
+        same(gathered, torch.cat(each_rank(comm, size, torch.float32)))
+        same(exchanged, torch.cat([whole[mine] for whole in each_rank(comm, size * comm.world_size, torch.float32)]))
+
+
+def check_gather_to_each_root(comm: Communicator) -> None:
+    for root in range(comm.world_size):
+        for dtype, size in [*((dtype, 7) for dtype in MOVABLE), *((torch.float32, size) for size in SIZES)]:
+            output = torch.zeros(size * comm.world_size, dtype=dtype) if comm.rank == root else None
+            buffer = ramp(size, comm.rank, dtype)
+            comm.gather_(output, buffer, root).wait()
+            same(buffer, ramp(size, comm.rank, dtype))
+            if output is not None:
+                same(output, torch.cat(each_rank(comm, size, dtype)))
+
+
 def check_broadcast_from_each_root(comm: Communicator) -> None:
     for root in range(comm.world_size):
         for dtype, size in [*((dtype, 7) for dtype in MOVABLE), *((torch.float32, size) for size in SIZES)]:
@@ -196,6 +226,9 @@ def check_split(comm: Communicator) -> None:
             buffer = torch.tensor([float(comm.rank)])
             group.broadcast_(buffer, root).wait()
             assert buffer.item() == world_root
+            output = torch.zeros(len(ranks))
+            group.gather_(output, torch.tensor([float(comm.rank)]), root).wait()
+            assert group.rank != root or output.tolist() == ranks
         output = torch.zeros(len(ranks))
         group.all_gather_(output, torch.tensor([float(comm.rank)])).wait()
         assert output.tolist() == ranks
@@ -209,6 +242,18 @@ def check_split(comm: Communicator) -> None:
             expect(ValueError, "Horovod splits the world only", lambda group=group: group.split([0]))
         group.barrier()
         group.close()
+    comm.barrier()
+
+
+def check_a_group_is_split_once(comm: Communicator) -> None:
+    ranks = list(range(0, comm.world_size, 2))
+    group = comm.group(ranks)
+    assert comm.group(tuple(ranks)) is group
+    assert (group is not None) == (comm.rank in ranks)
+    if group is not None:
+        buffer = torch.ones(3)
+        group.all_reduce_(buffer).wait()
+        assert buffer.eq(len(ranks)).all()
     comm.barrier()
 
 
@@ -246,6 +291,8 @@ def check_wrong_sizes_are_refused(comm: Communicator) -> None:
     expect(ValueError, "do not make", lambda: comm.all_gather_(whole, part))
     expect(ValueError, "do not make", lambda: comm.reduce_scatter_(part, whole))
     expect(ValueError, "1 parts of 3 float32 do not make 2", lambda: comm.all_to_all_(part, longer))
+    expect(ValueError, "do not make", lambda: comm.gather_(whole, part, comm.rank))
+    expect(ValueError, "the root of a gather needs an output", lambda: comm.gather_(None, part, comm.rank))
     expect(ValueError, "ascending", lambda: comm.split([1, 0]))
 
 
@@ -258,6 +305,88 @@ def check_dtypes_that_cannot_be_reduced(comm: Communicator) -> None:
         buffer = ramp(9, comm.rank, torch.bfloat16)
         comm.all_reduce_(buffer).wait()
         same(buffer, torch.stack(each_rank(comm, 9, torch.bfloat16)).sum(0, dtype=torch.bfloat16))
+
+
+def shared_files() -> list[str]:
+    """Memory of windows that this process has open or mapped, and files left where others share memory."""
+    opened = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            opened.append(os.readlink(f"/proc/self/fd/{number}"))
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    left = [name for name in os.listdir("/dev/shm") if "hpctrain" in name]
+    return [name for name in [*opened, *mapped] if "memfd:hpctrain" in name] + left
+
+
+def check_window(comm: Communicator) -> None:
+    """Each round each rank fills its part with a value of its own; a torn or early read shows as two values."""
+    if comm.device.type != "cpu":
+        assert comm.open_window(8) is None and comm.window_refusal == "the buffers lie on a GPU"
+        return
+    length = 5000
+    window = comm.open_window(4 * length)
+    assert window is not None and len(window.parts) == comm.world_size, comm.window_refusal
+    parts = [part.view(torch.float32) for part in window.parts]
+    assert all(part.numel() == length for part in parts)
+    for turn in range(1000):
+        parts[comm.rank].fill_(turn * comm.world_size + comm.rank)
+        window.post()
+        window.wait(2 * turn + 1)
+        for rank, part in enumerate(parts):
+            low, high = torch.aminmax(part)
+            assert low == high == turn * comm.world_size + rank
+        window.post()
+        window.wait(2 * turn + 2)
+    assert window.posted == 2000
+    window.close()
+    parts.clear()
+    del part, low, high
+    assert shared_files() == []
+
+
+def check_windows_of_a_group_and_of_odd_sizes(comm: Communicator) -> None:
+    if comm.device.type != "cpu":
+        return
+    group = comm.group(range(0, comm.world_size, 2))
+    for size in (0, 1, 4096, 4097):
+        both = [member.open_window(size) for member in (comm, group) if member is not None]
+        for member, window in zip((comm, group), both, strict=False):
+            assert member is not None and window is not None
+            window.parts[member.rank].fill_(7 + member.rank)
+            window.post()
+            window.wait(1)
+            assert [part.unique().tolist() for part in window.parts] == [
+                [7 + rank] if size else [] for rank in range(member.world_size)
+            ]
+            window.close()
+        comm.barrier()
+    del both, window
+    assert shared_files() == []
+
+
+def check_a_window_is_refused_on_all_ranks_alike(comm: Communicator) -> None:
+    if comm.device.type != "cpu":
+        return
+    assert comm.open_window(1 << 60) is None
+    assert "do not fit in the" in comm.window_refusal
+    last = comm.world_size - 1
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if comm.rank == last:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    assert comm.open_window(1 << 20) is None
+    assert comm.window_refusal == f"rank {last} gets no memory to share: [Errno 27] File too large"
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    if comm.world_size > 1:
+        expect(ValueError, "a window has one size on all ranks", lambda: comm.open_window(8 + comm.rank))
+        host = comm.topology.host
+        comm.topology = replace(comm.topology, host=f"{host}-{comm.rank % 2}")
+        assert comm.open_window(8) is None and comm.window_refusal == "the ranks sit on 2 hosts"
+        comm.topology = replace(comm.topology, host=host)
+    window = comm.open_window(8)
+    assert window is not None and comm.window_refusal == ""
+    window.close()
+    del window
+    assert shared_files() == []
 
 
 def expect(kind: type[Exception], text: str, action: Callable[[], Any]) -> None:
