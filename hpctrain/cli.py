@@ -198,6 +198,43 @@ def bench_data(
     bench_data_command(config, overrides or [], rounds, json_file)
 
 
+@bench_app.command("comm")
+def bench_comm(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML recipe; of it comm, train.device and seed count [default: none]")
+    ] = None,
+    overrides: Overrides = None,
+    # Not --min and --max: horovodrun takes them for beginnings of its own options, even behind the command.
+    smallest: Annotated[str, typer.Option("--min-size", metavar="SIZE", help="smallest message")] = "8B",
+    largest: Annotated[str, typer.Option("--max-size", metavar="SIZE", help="largest message")] = "128MiB",
+    dtypes: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", metavar="NAME", help="of sums: fp32, fp16 or bf16; repeatable [default: fp32, fp16]"),
+    ] = None,
+    json_file: JsonFile = None,
+    rounds: Annotated[int, typer.Option(min=1, help="blocks of each operation at each size")] = 12,
+) -> None:
+    """Latency and bandwidth of the engine's operations and of each gradient reduction, by message size.
+
+    On the ranks of this job: `horovodrun -np 2 hpctrain bench comm`. Every result is checked before it is timed;
+    a wrong one ends with exit status 1. algbw = size / time. busbw = algbw x 2(N-1)/N for all_reduce, x (N-1)/N for
+    reduce_scatter, all_gather and all_to_all, x 1 for broadcast, on N ranks, as NVIDIA's nccl-tests define it
+    (doc/PERFORMANCE.md there). Sizes are those of a rank's whole buffer.
+    """
+    with _ended_by_interrupt():
+        from hpctrain.bench.comm.command import bench_comm_command
+
+    bench_comm_command(
+        config,
+        overrides or [],
+        smallest=smallest,
+        largest=largest,
+        dtypes=dtypes or ["fp32", "fp16"],
+        rounds=rounds,
+        json_file=json_file,
+    )
+
+
 def main() -> None:
     """Run the command line; user errors become one sentence and exit status 2."""
     # Torch's C++ part would add stack traces of its own to our messages when a peer is gone.

@@ -58,7 +58,7 @@ def run_block(variant: Variant, comm: Communicator, steps: int, tick: Callable[[
         for _ in range(steps):
             tick()
             variant.step()
-        _synchronise(comm.device)
+        synchronise(comm.device)
         cpu_s, elapsed_s = time.process_time() - started_cpu_s, time.perf_counter() - started_s
         settle(comm)
     rows = comm.all_gather_object([elapsed_s, cpu_s])
@@ -67,11 +67,11 @@ def run_block(variant: Variant, comm: Communicator, steps: int, tick: Callable[[
 
 def settle(comm: Communicator) -> None:
     """Wait for the device and for all ranks."""
-    _synchronise(comm.device)
+    synchronise(comm.device)
     comm.barrier()
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

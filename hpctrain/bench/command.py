@@ -32,12 +32,12 @@ _MPI_LAUNCHERS = ("mpirun", "mpiexec", "srun")
 def bench_step_command(path: Path, overrides: Sequence[str], rounds: int, json_file: Path | None) -> None:
     """Compare training steps on all ranks of this job; rank 0 prints the outcome and writes it to ``json_file``."""
     config = load_config(path, [*overrides, *step.FIXED])
-    _require_folder(json_file)
+    require_writable(json_file)
     mpi_is_held = _hold_mpi(config, detect(os.environ))
     with open_session(config.comm, config.train.device) as session, tempfile.TemporaryDirectory() as folder:
         is_main = session.comm.rank == 0
-        record = step.measure(config, session, Path(folder), rounds, _teller(rounds, is_main), mpi_is_held)
-        on_rank_zero(session.comm, lambda: _write(json_file, record))
+        record = step.measure(config, session, Path(folder), rounds, teller(rounds, is_main), mpi_is_held)
+        on_rank_zero(session.comm, lambda: write_result(json_file, record))
         if is_main:
             print_outcome(record, step_cells)
 
@@ -45,7 +45,7 @@ def bench_step_command(path: Path, overrides: Sequence[str], rounds: int, json_f
 def bench_data_command(path: Path, overrides: Sequence[str], rounds: int, json_file: Path | None) -> None:
     """Compare loaders in this one process, print the outcome and write it to ``json_file``."""
     config = load_config(path, overrides)
-    _require_folder(json_file)
+    require_writable(json_file)
     topology = detect(os.environ)
     if topology.world_size > 1:
         raise UserError(f"bench data measures one process, but {topology.launcher} started more: leave it out")
@@ -59,16 +59,21 @@ def bench_data_command(path: Path, overrides: Sequence[str], rounds: int, json_f
         threads=config.data.threads or cores,
         batches=config.log.every_steps,
     )
-    record = data.measure(task, rounds, _teller(rounds, True), {})
+    record = data.measure(task, rounds, teller(rounds, True), {})
     record |= {"sentence": data.sentence(record), "provenance": provenance.to_record()}
-    _write(json_file, record)
+    write_result(json_file, record)
     print_outcome(record, rate_cells)
 
 
-def _require_folder(json_file: Path | None) -> None:
+def require_writable(json_file: Path | None) -> None:
     """Raise UserError for a result that could not be kept, before it costs minutes."""
-    if json_file is not None and not json_file.absolute().parent.is_dir():
+    if json_file is None:
+        return
+    folder = json_file.absolute().parent
+    if not folder.is_dir():
         raise UserError(f"the folder of {json_file} does not exist: make it, or name another file")
+    if json_file.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{json_file} cannot be written: name another file")
 
 
 def _hold_mpi(config: Config, topology: Topology) -> bool:
@@ -80,7 +85,7 @@ def _hold_mpi(config: Config, topology: Topology) -> bool:
     return True
 
 
-def _teller(rounds: int, is_main: bool) -> Callable[[int], None]:
+def teller(rounds: int, is_main: bool) -> Callable[[int], None]:
     """Tells after the first round how long the others will take."""
     started_s = time.monotonic()
 
@@ -92,6 +97,6 @@ def _teller(rounds: int, is_main: bool) -> Callable[[int], None]:
     return tell
 
 
-def _write(json_file: Path | None, record: Mapping[str, Any]) -> None:
+def write_result(json_file: Path | None, record: Mapping[str, Any]) -> None:
     if json_file is not None:
         write_atomic(json_file, (json.dumps(to_json_value(record), indent=2) + "\n").encode())

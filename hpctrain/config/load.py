@@ -59,8 +59,10 @@ class _Layers:
         self.places[here] = place
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """The configuration in the YAML file ``path``, with ``overrides`` of the form ``a.b=value`` laid over it.
+
+    Without a file the defaults stand where the overrides say nothing.
 
     ``extends: other.yaml`` (relative to the file that says it) is read first and the file laid over it. A value
     of an override is YAML and replaces what stood there, whole sections too.
@@ -68,7 +70,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises UserError, with one line for each thing that is wrong.
     """
     layers = _Layers()
-    for place, values in reversed(list(_files(Path(path)))):
+    files = _files(Path(path)) if path is not None else ()
+    for place, values in reversed(list(files)):
         layers.merge(values, str(place))
     for override in overrides:
         key, value = _parse_override(override)
@@ -76,7 +79,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(layers.values)
     except ValidationError as error:
-        raise UserError("\n".join(complaints(error.errors(), layers.places, str(path)))) from None
+        raise UserError("\n".join(complaints(error.errors(), layers.places, str(path or "the command line")))) from None
 
 
 def dump_config(config: Config) -> str:

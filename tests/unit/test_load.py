@@ -116,6 +116,13 @@ def test_what_is_wrong_with_an_override_is_told(base: Path, override: str, sente
     assert sentence in complaint(base, override)
 
 
+def test_without_a_file_the_overrides_stand_on_the_defaults() -> None:
+    config = load_config(None, ["model.name=dense", "seed=3"])
+    assert config == Config.model_validate({"model": {"name": "dense"}, "seed": 3})
+    with pytest.raises(UserError, match=r"model.*the command line"):
+        load_config(None, ["seed=3"])
+
+
 def test_a_key_that_the_chosen_model_lacks_is_named_with_its_file(base: Path) -> None:
     text = complaint(base, "model.name=dense")
     assert text == (
