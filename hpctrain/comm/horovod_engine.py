@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpctrain.comm import horovod_settings as settings
 from hpctrain.comm.base import Communicator, Op, Work
 from hpctrain.comm.checks import (
     as_bytes,
@@ -38,11 +39,6 @@ _REMEDY_WORLD = (
     "(`hpctrain doctor` shows it), or set comm.engine=torch"
 )
 _REDUCIBLE = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64)
-# Horovod's own fusion packs buffers in an order that depends on timing, and sums in another order each time: with
-# it, one buffer gave 2 to 9 different results over repeated runs. Buckets arrive fused already.
-_ENVIRONMENT = {"HOROVOD_FUSION_THRESHOLD": "0", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
-# What Horovod does when nothing is set, spelt out: once set, a threshold holds over a restart until it is set again.
-_RELEASED = {"HOROVOD_FUSION_THRESHOLD": str(128 << 20), "HOROVOD_DYNAMIC_PROCESS_SETS": "0"}
 
 
 def probe() -> Probe:
@@ -70,16 +66,17 @@ def probe() -> Probe:
 def boot(topology: Topology, device: torch.device, timeout_s: float) -> Communicator:
     """Join the job's Horovod world.
 
-    Raises UserError when Horovod's world is not the launcher's, or when it would move GPU buffers through the host.
+    Raises UserError when Horovod's world is not the launcher's, or when it cannot do what the job asks of it.
     """
     import horovod.torch as hvd
     from horovod.torch import mpi_ops
 
     if device.type == "cuda" and not hvd.nccl_built():
         raise UserError(f"Horovod was built without NCCL and would copy GPU buffers through the host: {REMEDY_GPU}")
-    for variable, value in _ENVIRONMENT.items():
+    for variable, value in settings.DEFAULTS.items():
         os.environ.setdefault(variable, value)
     join(topology)
+    settings.check_started(over_mpi=mpi_ops.mpi_enabled())
     return HorovodCommunicator(topology, device, hvd.global_process_set, _Shared(mpi_ops, list(range(hvd.size()))))
 
 
@@ -229,7 +226,7 @@ class HorovodCommunicator(Communicator):
 
         controller = "mpi" if self._ops.mpi_enabled() else "gloo"
         found = {"horovod": horovod.__version__, "horovod_controller": controller}
-        if (threshold := os.environ["HOROVOD_FUSION_THRESHOLD"]) != "0":
+        if (threshold := os.environ[settings.FUSION_THRESHOLD]) != "0":
             found["horovod_fusion_threshold"] = f"{threshold} (not reproducible)"
         return found
 
@@ -261,16 +258,13 @@ class ReleasedHorovod:
 
     A turn restarts Horovod, so communicators split from ``comm`` end with it. Where Horovod runs on MPI, MPI must
     have been started first (``mpi_engine.start_mpi``): Horovod ends an MPI that it started, and MPI starts once.
-    Constructor and turns are collective. Raises UserError when the environment sets the cycle time.
+    Constructor and turns are collective. Raises UserError when settings are not those it was released with.
     """
 
     def __init__(self, comm: HorovodCommunicator) -> None:
-        # Not only for the comparison's sake: with both it and the threshold set, a restart of 0.28.1 is a
-        # segmentation fault (ParameterManager::BayesianParameter::SetValue).
-        if "HOROVOD_CYCLE_TIME" in os.environ:
-            raise UserError("HOROVOD_CYCLE_TIME is set, but Horovod is to run as released: unset it")
+        settings.require_released()
         self._comm = comm
-        self._restored = {name: os.environ[name] for name in _ENVIRONMENT}
+        self._restored = {name: os.environ[name] for name in settings.DEFAULTS}
         if comm.world_size > 1 and not comm.shared.ops.mpi_enabled():
             os.environ.update(_meeting_place(comm))
 
@@ -279,16 +273,16 @@ class ReleasedHorovod:
         """The module horovod.torch, as released. After an error the engine's own settings do not come back."""
         import horovod.torch as hvd
 
-        self._restart(hvd, _RELEASED)
+        self._restart(hvd, settings.RELEASED)
         yield hvd
         self._restart(hvd, self._restored)
 
-    def _restart(self, hvd: Any, settings: Mapping[str, str]) -> None:
+    def _restart(self, hvd: Any, environment: Mapping[str, str]) -> None:
         # Nobody may begin anew while another rank is still reading what the last start left.
         self._comm.barrier()
         hvd.shutdown()
         self._comm.forget_groups()
-        os.environ.update(settings)
+        os.environ.update(environment)
         join(self._comm.topology)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from hpctrain.config.comm import CommConfig
 from hpctrain.config.section import (
     Epochs,
     Fraction,
@@ -213,17 +214,6 @@ class TrainConfig(Section):
         for key in ("target_accuracy", "early_stopping"):
             if self.eval_every_epochs is None and getattr(self, key) is not None:
                 yield f"{key} waits for evaluations, but eval_every_epochs is none: set it, or leave {key} out"
-
-
-class CommConfig(Section):
-    """The engine that moves buffers between ranks."""
-
-    engine: Literal["auto", "horovod", "mpi", "torch", "serial"] = "auto"
-    """auto picks by launcher and by what is installed, Horovod first"""
-    timeout_s: PositiveFloat = 60.0
-    """how long a rank may show no progress before the job ends and names it"""
-    startup_timeout_s: PositiveFloat = 300.0
-    """the same until the first step is over"""
 
 
 class GradientsConfig(Section):

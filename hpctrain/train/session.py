@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from hpctrain.comm import horovod_settings
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.registry import choose, create
 from hpctrain.comm.side_channel import SideChannel
 from hpctrain.comm.watch import Watch
-from hpctrain.config.schema import CommConfig
+from hpctrain.config.comm import CommConfig
 from hpctrain.errors import UserError
 from hpctrain.topology.placement import cores_of, own_binding
 from hpctrain.topology.ranks import Topology, detect
@@ -73,6 +74,7 @@ def open_session(config: CommConfig, device: str) -> Iterator[Session]:
     topology = detect(os.environ)
     chosen = choose_device(device, topology)
     name, reason = choose(config.engine, topology, chosen)
+    horovod_settings.ask_for(name, chosen, config.horovod.model_dump())
     # The watch is to end a job that hangs, since it can say why; the engine's own limit is for when it cannot.
     comm = create(name, topology, chosen, max(config.timeout_s, config.startup_timeout_s) + _ENGINE_GRACE_S)
     channel = SideChannel.open(comm)
@@ -82,7 +84,7 @@ def open_session(config: CommConfig, device: str) -> Iterator[Session]:
         cores = cores_of(comm.rank, bindings)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(cores)
-        yield Session(comm, watch, cores, reason)
+        yield Session(comm, watch, cores, reason + horovod_settings.remark(name))
         comm.barrier()
     watch.close()
     comm.close()

@@ -84,7 +84,7 @@ def test_an_override_opens_a_section_that_is_off_and_replaces_whole_sections(bas
         ("train.lr=1", "train.lr (--set train.lr=1) is an unknown key; did you mean schedule.lr?"),
         ("model.zero_gama=true", "did you mean model.zero_gamma?"),
         ("train.early_stopping.patienc=3", "did you mean train.early_stopping.patience?"),
-        ("comm.xyzzy=3", "known here: comm.engine, comm.timeout_s, comm.startup_timeout_s."),
+        ("comm.xyzzy=3", "known here: comm.engine, comm.timeout_s, comm.startup_timeout_s, comm.horovod."),
         ("xyzzy=3", "known here: seed, model, data,"),
         (
             "model.name=resnet5",

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from hpctrain.config.schema import CommConfig
+from hpctrain.config.comm import CommConfig
 from hpctrain.errors import UserError
 from hpctrain.topology.ranks import Topology
 from hpctrain.train.session import choose_device, open_session

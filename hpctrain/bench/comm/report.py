@@ -126,6 +126,8 @@ def print_tables(record: Mapping[str, Any]) -> None:
 
     console = Console(highlight=False)
     console.width = max(console.width, _MIN_WIDTH)
+    engine = f"engine {record['engine']['name']} ({record['engine_choice']}) on {record['device']}"
+    console.print(engine, soft_wrap=True, markup=False)
     for (operation, dtype), group in groupby(record["cases"], key=lambda case: (case["operation"], case["dtype"])):
         cases = list(group)
         table = Table(title=f"{operation} {dtype}", title_justify="left", box=SIMPLE_HEAD)
