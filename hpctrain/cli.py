@@ -235,6 +235,33 @@ def bench_comm(
     )
 
 
+@bench_app.command("gradients")
+def bench_gradients(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="YAML recipe; of it model, data.image_size, gradients and comm count [default: none]"),
+    ] = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="net whose tensors count [default: resnet50]")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="processes of each competitor, all on this host")] = 2,
+    json_file: JsonFile = None,
+    rounds: Rounds = 12,
+    picture: Annotated[Path | None, typer.Option("--picture", metavar="FILE", help="draw the times as a PNG")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="try bucket sizes and write the best beside the JSON")] = False,
+) -> None:
+    """Compare our whole exchange of a model's gradients with Horovod's, DDP's, plain mpi4py and ChainerMN's way.
+
+    Started plainly, without a launcher: it starts the ranks of every competitor itself. Each is verified before it
+    is timed, only one runs at a time, and ratios (a peer's time / ours) are taken within rounds.
+    """
+    with _ended_by_interrupt():
+        from hpctrain.bench.gradients.command import Asked, bench_gradients_command
+
+    bench_gradients_command(config, overrides or [], model, Asked(ranks, rounds, json_file, picture, tune))
+
+
 def main() -> None:
     """Run the command line; user errors become one sentence and exit status 2."""
     # Torch's C++ part would add stack traces of its own to our messages when a peer is gone.

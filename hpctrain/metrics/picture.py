@@ -22,10 +22,10 @@ PICTURE_FILE = "learning_curve.png"
 
 _MAX_PIECES = 1000
 _SMOOTHING_SHARE = 0.04
-_DPI = 200
+DPI = 200
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey print.
-_BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#555555"
-_STYLE: Any = {
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#555555"
+STYLE: Any = {
     "font.size": 11, "axes.titlesize": 13, "axes.labelsize": 11, "legend.fontsize": 10, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.7,
     "axes.axisbelow": True, "legend.frameon": False,
@@ -46,7 +46,7 @@ def draw_learning_curve(
     from matplotlib.ticker import MaxNLocator
 
     heights = [3.0, 2.2, 1.0] if evals else [3.0, 1.0]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 1.0 + 1.1 * sum(heights)), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
@@ -59,7 +59,7 @@ def draw_learning_curve(
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figure.align_ylabels()
         encoded = BytesIO()
-        figure.savefig(encoded, format="png", dpi=_DPI)
+        figure.savefig(encoded, format="png", dpi=DPI)
     write_atomic(path, encoded.getvalue())
 
 
@@ -68,13 +68,13 @@ def _draw_loss(axes: Axes, steps: Sequence[Mapping[str, Any]], evals: Sequence[M
     pieces = Pieces(epochs, losses)
     smooth = smoothed(pieces.median)
     if len(losses) > _MAX_PIECES:
-        axes.fill_between(pieces.x, pieces.low, pieces.high, color=_BLUE, alpha=0.25, linewidth=0, label="train, range")
+        axes.fill_between(pieces.x, pieces.low, pieces.high, color=BLUE, alpha=0.25, linewidth=0, label="train, range")
     else:
-        axes.plot(epochs, losses, color=_BLUE, alpha=0.5, linewidth=0.8, **_dots(losses, 1), label="train")
-    axes.plot(pieces.x, smooth, color=_BLUE, linewidth=1.8, label="train, smoothed")
+        axes.plot(epochs, losses, color=BLUE, alpha=0.5, linewidth=0.8, **_dots(losses, 1), label="train")
+    axes.plot(pieces.x, smooth, color=BLUE, linewidth=1.8, label="train, smoothed")
     if evals:
         dots = _dots(judged, 60)
-        axes.plot(_column(evals, "epoch"), judged, color=_VERMILION, linewidth=1.4, **dots, label="validation")
+        axes.plot(_column(evals, "epoch"), judged, color=VERMILION, linewidth=1.4, **dots, label="validation")
     axes.set_ylabel("loss")
     _limit_loss(axes, losses, smooth, judged)
     axes.legend(loc="upper right")
@@ -82,18 +82,18 @@ def _draw_loss(axes: Axes, steps: Sequence[Mapping[str, Any]], evals: Sequence[M
 
 def _draw_accuracy(axes: Axes, evals: Sequence[Mapping[str, Any]]) -> None:
     epochs, top1 = _column(evals, "epoch"), 100 * _column(evals, "top1")
-    axes.plot(epochs, top1, color=_VERMILION, linewidth=1.4, **_dots(top1, 60))
+    axes.plot(epochs, top1, color=VERMILION, linewidth=1.4, **_dots(top1, 60))
     axes.set_ylabel("validation\ntop-1 (%)")
     if np.isfinite(top1).any():
         best = int(np.nanargmax(top1))
-        axes.plot(epochs[best], top1[best], color=_VERMILION, marker="o", markersize=8, fillstyle="none")
-        axes.set_title(f"best {top1[best]:.2f} % at epoch {epochs[best]:.4g}", loc="right", fontsize=10, color=_GREY)
+        axes.plot(epochs[best], top1[best], color=VERMILION, marker="o", markersize=8, fillstyle="none")
+        axes.set_title(f"best {top1[best]:.2f} % at epoch {epochs[best]:.4g}", loc="right", fontsize=10, color=GREY)
 
 
 def _draw_lr(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
     rates = _column(steps, "lr")
     pieces = Pieces(_column(steps, "epoch"), rates)
-    axes.plot(pieces.x, pieces.median, color=_GREY, linewidth=1.4, **_dots(rates, 1))
+    axes.plot(pieces.x, pieces.median, color=GREY, linewidth=1.4, **_dots(rates, 1))
     axes.set_ylim(bottom=0.0)
     axes.set_ylabel("learning\nrate")
     axes.set_xlabel("epoch")
