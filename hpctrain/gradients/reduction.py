@@ -36,6 +36,9 @@ class Reduction(ABC):
     def wait(self) -> None:
         """Return when ``buffer`` holds the sum. Raises MachineError when the engine reports a failure."""
 
+    def close(self) -> None:  # noqa: B027 - most have nothing to give back
+        """Give back what it holds beside its buffers, such as a window. Collective."""
+
 
 class EngineReduction(Reduction):
     """The engine's all-reduce: its own algorithm and order of summation."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hpctrain.bench.comm.command import measure as measure_all
 from hpctrain.bench.comm.measure import Bench, Cell, _portions, cells_of
 from hpctrain.bench.comm.operations import OPERATIONS, SUMMED_DTYPES, Case, all_cases
 from hpctrain.bench.comm.pattern import PERIOD, Pattern, Wrong, sent_by, summand, total
-from hpctrain.bench.comm.report import sentence
+from hpctrain.bench.comm.report import print_tables, sentence
 from hpctrain.bench.comm.sizes import ladder, parse_size, tell
 from hpctrain.config.load import load_config
 from hpctrain.errors import MachineError, UserError
@@ -141,14 +143,27 @@ def bench_of(comm: FakeCommunicator, max_bytes: int = 1 << 14) -> Bench:
 def test_every_operation_is_right_on_a_right_engine(world_size: int) -> None:
     def rank(comm: FakeCommunicator) -> None:
         for cell in cells_of(all_cases(DTYPES), [8, 1000, 8192], world_size):
-            operation = bench_of(comm).open(cell)
-            operation.run()
-            assert operation.find_wrong() is None, cell
-            operation.refill()
-            has_it_already = cell.case.operation == "broadcast" and comm.rank == 0
-            assert has_it_already or operation.find_wrong() is not None, f"{cell}: what was not done is not right"
+            with bench_of(comm).opened(cell) as operation:
+                operation.run()
+                assert operation.find_wrong() is None, cell
+                operation.refill()
+                has_it_already = cell.case.operation == "broadcast" and comm.rank == 0
+                assert has_it_already or operation.find_wrong() is not None, f"{cell}: what was not done is not right"
 
     run_group(world_size, rank)
+
+
+def test_a_reduction_is_closed_after_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+    monkeypatch.setattr(EngineReduction, "close", lambda self: closed.append(self.comm.rank))
+
+    def rank(comm: FakeCommunicator) -> None:
+        bench, cell = bench_of(comm), Cell(Case("all_reduce", "engine", "fp32"), 256, 64)
+        runs = bench.try_out(cell)
+        assert isinstance(runs, int) and bench.block(cell, 1) > 0
+
+    run_group(2, rank)
+    assert sorted(closed) == [0, 0, 1, 1]
 
 
 class HalfDone(EngineReduction):
@@ -168,7 +183,7 @@ def half_done(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("half_done")
 def test_a_wrong_result_ends_it_on_every_rank_and_names_operation_size_and_rank() -> None:
     def rank(comm: FakeCommunicator) -> list[str]:
-        bench, cell = bench_of(comm), Cell(Case("all_reduce", "half_done", "fp16"), 2048)
+        bench, cell = bench_of(comm), Cell(Case("all_reduce", "half_done", "fp16"), 4096, 2048)
         texts = []
         for attempt in (lambda: bench.try_out(cell), lambda: bench.block(cell, 1)):
             with pytest.raises(MachineError) as caught:
@@ -236,10 +251,26 @@ def test_the_record_has_every_sample_bandwidths_and_a_fit_for_each_case() -> Non
 def test_what_an_engine_cannot_do_is_told_and_the_rest_is_measured() -> None:
     record = record_of([256], ["bf16"], rounds=1)
     reason = "the fake engine cannot reduce bfloat16: use another"
-    assert record["unavailable"] == {"all_reduce of bf16 by engine": reason}
+    assert record["unavailable"].pop("all_reduce of bf16 by engine") == reason
+    assert set(record["unavailable"]) <= {"all_reduce of bf16 by grid"}
     assert ("all_reduce", "ordered") in {(case["operation"], case["algorithm"]) for case in record["cases"]}
-    assert record["sentence"].endswith(f"; all_reduce of bf16 by engine was not measured: {reason}.")
+    assert re.search(rf"; not measured: all_reduce of bf16 by engine.* \({reason}\)\.$", record["sentence"])
     assert record["fit"] == []
+
+
+@pytest.mark.usefixtures("short_blocks")
+def test_sizes_that_are_rounded_up_stay_in_the_row_that_was_asked_for() -> None:
+    config = load_config(None, ["model.name=dense"])
+    record = run_group(3, lambda comm: measure_all(config, session_of(comm), [4096], ["fp16"], 1, lambda done: None))[0]
+    by_name = {case["algorithm"]: case["sizes"] for case in record["cases"] if case["operation"] == "all_reduce"}
+    assert {name: [(row["asked_bytes"], row["size_bytes"]) for row in rows] for name, rows in by_name.items()} == {
+        name: [(4096, 4096 if name == "engine" else 4128)] for name in operations.REDUCTIONS
+    }
+    out = io.StringIO()
+    with redirect_stdout(out):
+        print_tables(record)
+    (row,) = [line for line in out.getvalue().split("reduce_scatter")[0].splitlines() if "4 KiB" in line]
+    assert len(row.split()) == 2 + 3 * len(by_name)
 
 
 def test_stolen_time_is_told() -> None:

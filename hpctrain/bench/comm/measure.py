@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import psutil
@@ -32,15 +33,16 @@ BLOCK_S = 0.05
 MAX_RUNS = 1000
 #: what a rank may take of its share of the free memory
 _MEMORY_SHARE = 0.8
-#: whole buffers that a rank needs: what is sent, what is received, and twice that within a reduction
-_BUFFERS = 4
+#: whole buffers of a rank: what is sent, what is received, and what a reduction keeps
+_BUFFERS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A case at one size; ``elements`` long are its buffers."""
+    """A case at the size ``asked_bytes``; its buffers are ``elements`` long, rounded up to what it divides."""
 
     case: Case
+    asked_bytes: int
     elements: int
 
     @property
@@ -57,7 +59,7 @@ class Samples:
 
 
 class Bench:
-    """The buffers of this rank, cut for each cell, and the clock. All methods are collective.
+    """The buffers of this rank, cut for each cell, and the clock. All that it does is collective.
 
     ``tick`` is called before everything that may take long. Raises UserError where memory is too small.
     """
@@ -68,24 +70,26 @@ class Bench:
         raise_together(comm, _too_large(comm, max_bytes))
         self._memory = [torch.zeros(max_bytes, dtype=torch.uint8, device=comm.device) for _ in range(2)]
 
-    def open(self, cell: Cell) -> Operation:
-        """The operation of ``cell``, refilled. Raises UserError where this job cannot do it."""
+    @contextmanager
+    def opened(self, cell: Cell) -> Iterator[Operation]:
+        """The operation of ``cell``, refilled; closed after a good end. UserError where this job cannot do it."""
         buffer, output = (self._cut(memory, cell) for memory in self._memory)
         operation = prepare(cell.case, self.comm, buffer, output)
         operation.refill()
-        return operation
+        yield operation
+        operation.close()
 
     def try_out(self, cell: Cell) -> int | str:
         """Runs a block of ``cell`` is to have, or why this job cannot do it. Raises MachineError as ``block`` does."""
         self._tick()
         refusal, wrong, elapsed_s = "", None, 0.0
         try:
-            operation = self.open(cell)
-            settle(self.comm)
-            operation.run()
-            wrong = operation.find_wrong()
-            settle(self.comm)
-            elapsed_s = self._clocked(operation, 1)
+            with self.opened(cell) as operation:
+                settle(self.comm)
+                operation.run()
+                wrong = operation.find_wrong()
+                settle(self.comm)
+                elapsed_s = self._clocked(operation, 1)
         except UserError as error:
             refusal = str(error)
         rows = self.comm.all_gather_object([refusal, _describe(wrong), elapsed_s])
@@ -102,12 +106,12 @@ class Bench:
         Raises MachineError, on every rank, when a result is wrong: it names operation, size, rank and element.
         """
         self._tick()
-        operation = self.open(cell)
-        settle(self.comm)
-        operation.run()
-        wrong = operation.find_wrong()
-        self._clocked(operation, WARMUP_RUNS)
-        elapsed_s = sum(self._portion(operation, portion) for portion in _portions(runs, operation.most_runs()))
+        with self.opened(cell) as operation:
+            settle(self.comm)
+            operation.run()
+            wrong = operation.find_wrong()
+            self._clocked(operation, WARMUP_RUNS)
+            elapsed_s = sum(self._portion(operation, portion) for portion in _portions(runs, operation.most_runs()))
         rows = self.comm.all_gather_object([_describe(wrong), elapsed_s])
         self._raise_if_wrong(cell, [row[0] for row in rows])
         return float(max(row[1] for row in rows)) / runs
@@ -155,19 +159,20 @@ def _too_large(comm: Communicator, max_bytes: int) -> UserError | None:
         free, ranks = torch.cuda.mem_get_info(comm.device)[0], 1
     else:
         free, ranks = psutil.virtual_memory().available, comm.topology.local_size
-    needed = _BUFFERS * max_bytes
-    if needed * ranks <= _MEMORY_SHARE * free:
+    # `central` gathers the buffers of all ranks on rank 0.
+    needed = (_BUFFERS * ranks + comm.world_size) * max_bytes
+    if needed <= _MEMORY_SHARE * free:
         return None
     return UserError(
-        f"messages of {tell(max_bytes)} need {needed * ranks / 2**30:.1f} GiB on host {comm.topology.host}, "
+        f"messages of {tell(max_bytes)} need {needed / 2**30:.1f} GiB on host {comm.topology.host}, "
         f"which has {free / 2**30:.1f} GiB free: lower --max-size"
     )
 
 
 def cells_of(cases: Sequence[Case], sizes: Sequence[int], world_size: int) -> list[Cell]:
-    """Each case at each of ``sizes`` (bytes) that it can have; what it has to divide is rounded up."""
-    pairs = [(case, case.elements(size, world_size)) for case in cases for size in sizes]
-    return [Cell(case, elements) for case, elements in pairs if elements is not None]
+    """Each case at each of ``sizes`` (bytes) that is large enough for it."""
+    pairs = [(case, size, case.elements(size, world_size)) for case in cases for size in sizes]
+    return [Cell(case, size, elements) for case, size, elements in pairs if elements is not None]
 
 
 def run(

@@ -101,6 +101,10 @@ class Operation(ABC):
     def expected(self) -> Iterator[tuple[Tensor, Pattern, int]]:
         """Each piece of the result, the sequence it must hold, and from which of its elements on."""
 
+    def close(self) -> None:
+        """Give back what it holds beside its buffers. Collective."""
+        return
+
     def find_wrong(self) -> Wrong | None:
         """The first piece of the result that is not as it must be after one run."""
         found = (pattern.find_wrong(piece, start) for piece, pattern, start in self.expected())
@@ -144,6 +148,9 @@ class AllReduce(Operation):
         self._reduction.start()
         self._reduction.proceed()
         self._reduction.wait()
+
+    def close(self) -> None:
+        self._reduction.close()
 
     def expected(self) -> Iterator[tuple[Tensor, Pattern, int]]:
         yield self.buffer, total(self.comm.world_size, self.buffer.dtype, self.buffer.device), 0

@@ -32,17 +32,18 @@ def describe_cases(samples: Figures, world_size: int) -> list[dict[str, Any]]:
                 **asdict(case),
                 "bus_factor": factor,
                 "steps": OPERATIONS[case.operation].steps(world_size),
-                "sizes": [_describe_size(cell.size_bytes, samples[cell], factor) for cell in cells],
+                "sizes": [_describe_size(cell, samples[cell], factor) for cell in cells],
             }
         )
     return described
 
 
-def _describe_size(size_bytes: int, sampled: Samples, bus_factor: float) -> dict[str, Any]:
+def _describe_size(cell: Cell, sampled: Samples, bus_factor: float) -> dict[str, Any]:
     spread = Spread.of(sampled.time_s)
-    algbw_gb_per_s = size_bytes / spread.median / _GB
+    algbw_gb_per_s = cell.size_bytes / spread.median / _GB
     return {
-        "size_bytes": size_bytes,
+        "asked_bytes": cell.asked_bytes,
+        "size_bytes": cell.size_bytes,
         "time_s": asdict(spread),
         "algbw_gb_per_s": algbw_gb_per_s,
         "busbw_gb_per_s": algbw_gb_per_s * bus_factor,
@@ -96,8 +97,8 @@ def sentence(record: Mapping[str, Any]) -> str:
     words = f"Over {record['engine']['name']}, {ranks}: "
     rivals = [case for case in record["cases"] if case["operation"] == "all_reduce"]
     rivals = [case for case in rivals if case["dtype"] == rivals[0]["dtype"]]
-    smallest = min(min(row["size_bytes"] for row in case["sizes"]) for case in rivals)
-    largest = max(max(row["size_bytes"] for row in case["sizes"]) for case in rivals)
+    sizes = [row["asked_bytes"] for case in rivals for row in case["sizes"]]
+    smallest, largest = min(sizes), max(sizes)
     quick, quick_row = _fastest(rivals, smallest)
     wide, wide_row = _fastest(rivals, largest)
     words += (
@@ -105,16 +106,17 @@ def sentence(record: Mapping[str, Any]) -> str:
         f"({quick['algorithm']}), of {tell(largest)} {wide_row['time_s']['median'] * 1e3:,.2f} ms at "
         f"{wide_row['busbw_gb_per_s']:.3g} GB/s of bus bandwidth ({wide['algorithm']}); every result was exact"
     )
-    for name, reason in record["unavailable"].items():
-        words += f"; {name} was not measured: {reason}"
+    for reason in dict.fromkeys(record["unavailable"].values()):
+        names = [name for name, why in record["unavailable"].items() if why == reason]
+        words += f"; not measured: {', '.join(names)} ({reason})"
     steal = record["provenance"]["steal_share"]
     if steal is not None and steal > MAX_STEAL:
         words += f"; {steal:.1%} of this machine's CPU time went to others meanwhile: measure again"
     return words + "."
 
 
-def _fastest(cases: Sequence[Mapping[str, Any]], size_bytes: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    rows = [(case, row) for case in cases for row in case["sizes"] if row["size_bytes"] == size_bytes]
+def _fastest(cases: Sequence[Mapping[str, Any]], asked_bytes: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    rows = [(case, row) for case in cases for row in case["sizes"] if row["asked_bytes"] == asked_bytes]
     return min(rows, key=lambda pair: float(pair[1]["time_s"]["median"]))
 
 
@@ -143,11 +145,11 @@ def print_tables(record: Mapping[str, Any]) -> None:
 
 
 def _rows(cases: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
-    tables = [{row["size_bytes"]: row for row in case["sizes"]} for case in cases]
-    for size_bytes in sorted(set().union(*tables)):
-        cells = [tell(size_bytes)]
+    tables = [{row["asked_bytes"]: row for row in case["sizes"]} for case in cases]
+    for asked_bytes in sorted(set().union(*tables)):
+        cells = [tell(asked_bytes)]
         for table in tables:
-            if row := table.get(size_bytes):
+            if row := table.get(asked_bytes):
                 figures = (row["algbw_gb_per_s"], row["busbw_gb_per_s"])
                 cells += [f"{row['time_s']['median'] * 1e6:,.1f}", *(f"{figure:.3f}" for figure in figures)]
             else:
