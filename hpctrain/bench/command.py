@@ -90,7 +90,7 @@ def teller(rounds: int, is_main: bool) -> Callable[[int], None]:
     started_s = time.monotonic()
 
     def tell(done: int) -> None:
-        if is_main and done == 1:
+        if is_main and done == 1 < rounds:
             left_s = (time.monotonic() - started_s) * (rounds - 1)
             print(f"1 of {rounds} rounds is done, the others take about {left_s / 60:.1f} minutes", flush=True)
 
