@@ -201,7 +201,7 @@ def bench_data(
 @bench_app.command("comm")
 def bench_comm(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML recipe; of it comm, train.device and seed count [default: none]")
+        Path | None, typer.Argument(help="YAML recipe; of it comm, train.device and seed count (default: none)")
     ] = None,
     overrides: Overrides = None,
     # Not --min and --max: horovodrun takes them for beginnings of its own options, even behind the command.
@@ -209,7 +209,7 @@ def bench_comm(
     largest: Annotated[str, typer.Option("--max-size", metavar="SIZE", help="largest message")] = "128MiB",
     dtypes: Annotated[
         list[str] | None,
-        typer.Option("--dtype", metavar="NAME", help="of sums: fp32, fp16 or bf16; repeatable [default: fp32, fp16]"),
+        typer.Option("--dtype", metavar="NAME", help="of sums: fp32, fp16 or bf16; repeatable (default: fp32 and fp16)"),
     ] = None,
     json_file: JsonFile = None,
     rounds: Annotated[int, typer.Option(min=1, help="blocks of each operation at each size")] = 12,
