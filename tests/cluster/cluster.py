@@ -28,6 +28,8 @@ _PREFIX = "hpctrain-cluster-"
 _PROGRAMS = ("ip", "tc", "nsenter", "unshare", "setpriv", "mount")
 # A bucket that holds two of the largest segments the kernel hands over at once, and 20 ms of queue behind it.
 _SHAPE = ("burst", "128kb", "latency", "20ms")
+# Linux' default, spelt out because machines differ; the sysctl of that name is closed to namespaces.
+_CONGESTION_CONTROL = "cubic"
 
 
 class Cluster:
@@ -68,7 +70,7 @@ class Cluster:
         self._head_net(f"ip link add {name} type veth peer name eth0 netns {_seen_from_head(host)}")
         self._head_net(f"ip link set {name} master eth0 up")
         host.run(["ip", "link", "set", "eth0", "address", f"02:00:00:00:00:{number:02x}", "up"])
-        host.run(["ip", "address", "add", f"{host.address}/24", "dev", "eth0"])
+        _address(host)
         if self.rate is not None:
             self._head_net(f"tc qdisc add dev {name} root tbf rate {self.rate} {' '.join(_SHAPE)}")
             host.run(["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", self.rate, *_SHAPE])
@@ -119,12 +121,19 @@ class Cluster:
 
     def _lay_switch(self) -> None:
         self._head_net("ip link add eth0 type bridge")
-        self._head_net(f"ip address add {self.head.address}/24 dev eth0")
         self._head_net("ip link set eth0 up")
+        _address(self.head)
         self.head.run(["mkdir", "/run/hosts"])
 
     def _head_net(self, command: str) -> None:
         self.head.run(command.split())
+
+
+def _address(host: Host) -> None:
+    """Give the host's card its address and the way to the others."""
+    host.run(["ip", "address", "add", f"{host.address}/24", "dev", "eth0", "noprefixroute"])
+    way = f"{NETWORK}.0/24 dev eth0 src {host.address} congctl {_CONGESTION_CONTROL}"
+    host.run(["ip", "route", "add", *way.split()])
 
 
 def _seen_from_head(host: Host) -> int:
