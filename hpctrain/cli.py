@@ -209,7 +209,7 @@ def bench_comm(
     largest: Annotated[str, typer.Option("--max-size", metavar="SIZE", help="largest message")] = "128MiB",
     dtypes: Annotated[
         list[str] | None,
-        typer.Option("--dtype", metavar="NAME", help="of sums: fp32, fp16 or bf16; repeatable (default: fp32 and fp16)"),
+        typer.Option("--dtype", metavar="NAME", help="of sums: fp32, fp16, bf16; repeatable (default: fp32 and fp16)"),
     ] = None,
     json_file: JsonFile = None,
     rounds: Annotated[int, typer.Option(min=1, help="blocks of each operation at each size")] = 12,
