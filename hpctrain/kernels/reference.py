@@ -32,7 +32,8 @@ class Format:
     def unit(self, values: Float64) -> Float64:
         """The unit in the last place at ``values``, of any sign."""
         exponents = np.frexp(values)[1] - 1
-        return np.exp2((np.maximum(exponents, self.smallest_exponent) - self.digits + 1).astype(np.float64))
+        unit: Float64 = np.ldexp(1.0, np.maximum(exponents, self.smallest_exponent) - self.digits + 1)
+        return unit
 
 
 FORMATS = {
