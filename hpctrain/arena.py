@@ -6,7 +6,7 @@ sends them (``hpctrain.gradients`` does).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +22,18 @@ ALIGNMENT_BYTES = 64
 LAST_BUCKET_BYTES = 1 << 20
 
 
+#: Gives memory for so many elements of a dtype, one-dimensional.
+Allocate = Callable[[int, torch.dtype], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of one parameter's gradient; ``view`` has the parameter's shape and strides."""
+    """The place of one parameter's gradient: ``view``, of its shape and strides, begins at element ``start``."""
 
     name: str
     parameter: Parameter
     view: Tensor
+    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +71,8 @@ class Arena:
     """Flat gradient buckets for ``parameters``, given in the order of their registration.
 
     Backward passes reach the last registered parameters first, so buckets are filled from the end. Each
-    bucket has one dtype and divides into ``parts`` equal aligned parts. Buckets come in the order in which
-    they are expected to be full.
+    bucket has one dtype, divides into ``parts`` equal aligned parts and lies where ``allocate`` puts it, by default
+    beside the parameters. Buckets come in the order in which they are expected to be full.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Arena:
         bucket_bytes: int,
         last_bytes: int = LAST_BUCKET_BYTES,
         parts: int = 1,
+        allocate: Allocate | None = None,
     ) -> None:
         by_dtype: dict[torch.dtype, list[tuple[int, str, Parameter]]] = {}
         for position, (name, parameter) in enumerate(reversed(list(parameters))):
@@ -86,7 +92,7 @@ class Arena:
             sizes = [_aligned_elements(parameter) * parameter.element_size() for _, _, parameter in entries]
             for span in plan_buckets(sizes, bucket_bytes, last_bytes):
                 members = entries[span.start : span.stop]
-                ready.append((members[-1][0], _make_bucket([member[1:] for member in members], parts)))
+                ready.append((members[-1][0], _make_bucket([member[1:] for member in members], parts, allocate)))
         self.buckets = tuple(bucket for _, bucket in sorted(ready, key=lambda entry: entry[0]))
         self._slots = [slot for bucket in self.buckets for slot in bucket.slots]
 
@@ -114,16 +120,19 @@ def _aligned_elements(parameter: Parameter) -> int:
     return -(-parameter.numel() // step) * step
 
 
-def _make_bucket(members: Sequence[tuple[str, Parameter]], parts: int) -> Bucket:
+def _make_bucket(members: Sequence[tuple[str, Parameter]], parts: int, allocate: Allocate | None) -> Bucket:
     first = members[0][1]
     starts, end = [], 0
     for _, parameter in members:
         starts.append(end)
         end += _aligned_elements(parameter)
     step = parts * ALIGNMENT_BYTES // first.element_size()
-    buffer = torch.zeros(-(-end // step) * step, dtype=first.dtype, device=first.device)
+    length = -(-end // step) * step
+    buffer = allocate(length, first.dtype) if allocate else torch.empty(length, dtype=first.dtype, device=first.device)
+    buffer.zero_()
+    first_at = buffer.storage_offset()
     slots = tuple(
-        Slot(name, parameter, buffer.as_strided(parameter.size(), dense_strides(parameter), start))
+        Slot(name, parameter, buffer.as_strided(parameter.size(), dense_strides(parameter), first_at + start), start)
         for (name, parameter), start in zip(members, starts, strict=True)
     )
     return Bucket(buffer, slots)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -58,6 +58,9 @@ class Window(Protocol):
     def post(self) -> None:
         """Let the others see all that I have written."""
 
+    def reached(self, count: int) -> bool:
+        """Whether every rank has posted ``count`` times or more."""
+
     def wait(self, count: int) -> None:
         """Return when every rank has posted ``count`` times or more. It may be called where ranks outnumber cores.
 
@@ -73,13 +76,15 @@ class Communicator(ABC):
 
     #: name in the registry, for records and messages
     name: str
+    #: what ``all_reduce_`` and ``reduce_scatter_`` can sum
+    reducible: Collection[torch.dtype] = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64)
     #: why the last ``open_window`` opened none
     window_refusal: str = ""
 
     def __init__(self, topology: Topology, device: torch.device) -> None:
         self.topology = topology
         self.device = device
-        self._groups: dict[tuple[int, ...], Communicator | None] = {}
+        self._subgroups: dict[tuple[int, ...], Communicator | None] = {}
 
     @property
     def rank(self) -> int:
@@ -124,12 +129,12 @@ class Communicator(ABC):
         in the group; its node part stays the job's. Raises ValueError when ``ranks`` is not ascending.
         """
 
-    def group(self, ranks: Sequence[int]) -> Communicator | None:
+    def subgroup(self, ranks: Sequence[int]) -> Communicator | None:
         """What ``split`` gives for ``ranks``, split the first time and kept from then on. Collective alike."""
         members = tuple(ranks)
-        if members not in self._groups:
-            self._groups[members] = self.split(members)
-        return self._groups[members]
+        if members not in self._subgroups:
+            self._subgroups[members] = self.split(members)
+        return self._subgroups[members]
 
     def open_window(self, nbytes: int) -> Window | None:
         """A window with ``nbytes`` of memory a rank, or None on all ranks, with the reason in ``window_refusal``:

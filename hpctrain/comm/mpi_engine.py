@@ -151,6 +151,7 @@ class MpiCommunicator(Communicator):
     """An MPI communicator moving host buffers."""
 
     name = NAME
+    reducible = _REDUCIBLE
 
     def __init__(self, topology: Topology, device: torch.device, mpi: Any, comm: Any, courier: Courier) -> None:
         super().__init__(topology, device)

@@ -116,6 +116,7 @@ class TorchCommunicator(Communicator):
     """A process group of torch.distributed; ``group`` None is the world's."""
 
     name = NAME
+    reducible = _REDUCIBLE
 
     def __init__(self, topology: Topology, device: torch.device, group: Any) -> None:
         super().__init__(topology, device)

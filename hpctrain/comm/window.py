@@ -157,6 +157,12 @@ class SharedWindow(Window):
         # One aligned store of eight bytes: nobody sees half of it.
         self._ranks[self._rank].counter[0] = self.posted
 
+    def reached(self, count: int) -> bool:
+        there = all(part.counter[0] >= count for part in self._ranks)
+        if there and not _STORES_IN_ORDER:
+            fence()
+        return there
+
     def wait(self, count: int) -> None:
         now = time.monotonic()
         spin_until, look_at, sleep_s = now + _SPIN_S, now + _LIFE_CHECK_S, _FIRST_SLEEP_S

@@ -219,12 +219,17 @@ class TrainConfig(Section):
 class GradientsConfig(Section):
     """From each rank's gradients to their mean."""
 
-    compression: Literal["none"] = "none"
-    """type on the wire"""
-    reduction: Literal["engine", "ordered"] = "engine"
-    """engine: its own all-reduce; ordered: pairwise tree over worker numbers, the same bits on every engine"""
+    compression: Literal["none", "fp16", "bf16", "fp16_ef"] = "none"
+    """type on the wire; fp16_ef: what rounding takes away is added to the next step's gradients"""
+    reduction: Literal["auto", "engine", "ordered", "grid", "central"] = "auto"
+    """auto: the fastest where the run is; engine: its own all-reduce; ordered: pairwise tree over worker numbers, the
+    same bits on every engine; grid: along nodes, then across; central: a parameter server, as a baseline"""
     bucket_mib: PositiveFloat = 16.0
     """size of a bucket, in MiB of fp32 gradients"""
+    last_bucket_mib: PositiveFloat = 1.0
+    """size of the bucket that is ready last, which nothing hides"""
+    clip_norm: PositiveFloat | None = None
+    """largest norm of all mean gradients together; longer ones are shrunk to it"""
     check_every_steps: Positive = 200
     """steps between comparisons of the ranks' parameters"""
 

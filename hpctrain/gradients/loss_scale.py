@@ -1,4 +1,4 @@
-"""The dynamic loss scale of fp16 autocast, and whether gradients are finite: one verdict for all ranks.
+"""The dynamic loss scale of fp16 autocast.
 
 The arithmetic is that of torch's GradScaler (Micikevicius et al. 2018, section 3.2); what differs is that the
 gradients are judged after the exchange, together, and unscaled by the exchange itself.
@@ -6,38 +6,15 @@ gradients are judged after the exchange, together, and unscaled by the exchange 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from hpctrain.comm.base import Communicator
 from hpctrain.errors import UserError
 
 GROWTH_INTERVAL = 2000
 #: Gradients that still overflow with so small a scale are not a matter of the scale.
 SMALLEST_SCALE = 2.0**-10
-
-
-@torch.no_grad()
-def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether every element is finite: a bool tensor [] on their device, not synchronised with the host.
-
-    One pass that only reads: the extremes of a tensor are NaN when any element is.
-    """
-    extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
-    return torch.isfinite(torch.stack(extremes)).all()
-
-
-def finite_everywhere(comm: Communicator, tensors: Iterable[Tensor]) -> bool:
-    """Whether ``tensors`` are finite on every rank: the same answer on all. Collective.
-
-    Reduced gradients carry a peer's inf or NaN, but a sum at the edge of the range may overflow in one order of
-    summation and not in another; so the verdict is reduced too.
-    """
-    verdict = all_finite(tensors).to(torch.float32).reshape(1)
-    comm.all_reduce_(verdict, "min").wait()
-    return bool(verdict.item())
 
 
 class LossScale:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from hpctrain.comm.base import Communicator, Work
 from hpctrain.gradients.reduction import Reduction
+from hpctrain.kernels.registry import kernels_for
+
+SUMMED_BY_KERNELS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def tree_sum_(rows: Tensor) -> Tensor:
@@ -27,21 +30,28 @@ def tree_sum_(rows: Tensor) -> Tensor:
 
 
 class OrderedReduction(Reduction):
-    """Each rank sums one chunk of the buffer. The length must be a multiple of the world size."""
+    """Each rank sums one chunk of the buffer, in float32 where that is wider; the length must be a multiple of the
+    world size. ``scratch`` [n], of the buffer's type, takes in the peers' chunks; one is allocated when none is given.
+    """
 
     _work: Work
 
-    def __init__(self, comm: Communicator, buffer: Tensor) -> None:
+    def __init__(self, comm: Communicator, buffer: Tensor, scratch: Tensor | None = None) -> None:
         super().__init__(comm, buffer)
-        self._received = torch.empty_like(buffer)
+        self._received = torch.empty_like(buffer) if scratch is None else scratch
+        self._kernels = kernels_for(buffer.device) if buffer.dtype in SUMMED_BY_KERNELS else None
 
     def start(self) -> None:
         self._work = self.comm.all_to_all_(self._received, self.buffer)
 
     def proceed(self) -> None:
         self._work.wait()
-        chunk = tree_sum_(self._received.view(self.comm.world_size, -1))
-        self._work = self.comm.all_gather_(self.buffer, chunk)
+        rows = self._received.view(self.comm.world_size, -1)
+        if self._kernels is None:
+            tree_sum_(rows)
+        else:
+            self._kernels.sum_rows(rows.unbind(), rows[0])
+        self._work = self.comm.all_gather_(self.buffer, rows[0])
 
     def wait(self) -> None:
         self._work.wait()

@@ -7,6 +7,7 @@ of parameters, and takes no mean.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -14,15 +15,24 @@ from hpctrain.comm.base import Communicator, Work
 
 
 class Reduction(ABC):
-    """Sum ``buffer`` [n] over all ranks, in place, in up to two dependent collectives.
+    """Sum ``buffer`` [n] over all ranks; the sum is then in ``parts``.
 
     Every rank calls ``start`` for all buffers of a step in one order, then ``proceed`` for all in that order,
-    then ``wait``: so all ranks hand the same sequence of collectives to the engine.
+    then ``wait``: so all ranks hand the same sequence of collectives to the engine. Around that, ``begin`` comes
+    before the buffer is written and ``end`` after the sum was read.
     """
 
     def __init__(self, comm: Communicator, buffer: Tensor) -> None:
         self.comm = comm
         self.buffer = buffer
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """What the sum is the concatenation of, between ``wait`` and ``end``."""
+        return (self.buffer,)
+
+    def begin(self) -> None:  # noqa: B027 - a buffer of one's own may be written at any time
+        """Return when the buffer may be written again."""
 
     @abstractmethod
     def start(self) -> None:
@@ -35,6 +45,12 @@ class Reduction(ABC):
     @abstractmethod
     def wait(self) -> None:
         """Return when ``buffer`` holds the sum. Raises MachineError when the engine reports a failure."""
+
+    def poll(self) -> None:  # noqa: B027 - most have to keep to an order
+        """Get on where nobody has to be waited for; called now and then between ``start`` and ``proceed``."""
+
+    def end(self) -> None:  # noqa: B027 - see ``begin``
+        """Take note that the sum was read."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Give back what it holds beside its buffers, such as a window. Collective."""

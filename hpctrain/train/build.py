@@ -95,6 +95,8 @@ def build_parts(config: Config, plan: Plan, session: Session) -> Parts:
             reduction=config.gradients.reduction,
             compression=config.gradients.compression,
             bucket_bytes=round(config.gradients.bucket_mib * _MIB),
+            last_bucket_bytes=round(config.gradients.last_bucket_mib * _MIB),
+            judge=config.train.precision == "fp16" or config.gradients.clip_norm is not None,
         ),
         loss_scale=LossScale() if config.train.precision == "fp16" else None,
         ema=Ema(model, config.train.ema_decay) if config.train.ema_decay else None,

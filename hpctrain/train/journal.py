@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.errors import UserError
+from hpctrain.gradients.tally import ROUNDING
 from hpctrain.metrics.progress import Display
 from hpctrain.metrics.steplog import EvalFigures, StepFigures
 from hpctrain.metrics.system import SystemUse
@@ -56,7 +57,9 @@ class Journal:
         parts, steps = self._parts, self._steps
         if steps == 0:
             return
-        loss, corrupt_anywhere = self._reduce(progress)
+        loss, corrupt_anywhere, wire = self._reduce(progress)
+        for name, count in wire.items():
+            progress.wire[name] += count
         if corrupt_anywhere:
             self._take_corrupt(progress)
         interval = parts.clock.interval()
@@ -72,6 +75,7 @@ class Journal:
                 "samples_seen": progress.samples_seen,
                 "corrupt_skipped": len(progress.corrupt),
                 **({"loss_scale": parts.loss_scale.value} if parts.loss_scale else {}),
+                **(wire if parts.config.gradients.compression != "none" else {}),
                 **self.system.sample(progress.step),
             },
         )
@@ -105,15 +109,21 @@ class Journal:
         plan = self._parts.plan
         return progress.epoch + progress.position / (plan.steps_per_epoch * plan.batch_global)
 
-    def _reduce(self, progress: Progress) -> tuple[float, bool]:
-        """Mean loss a step over all ranks, and whether any has found a corrupt sample not known yet."""
-        packed = torch.stack([self._loss, torch.full_like(self._loss, len(self._new_corrupt(progress)))])
+    def _reduce(self, progress: Progress) -> tuple[float, bool, dict[str, int]]:
+        """Over all ranks: the mean loss a step, whether any has found a corrupt sample not known yet, and the wire's
+        tally.
+        """
+        tally = self._parts.exchange.tally
+        mine = torch.stack([self._loss, torch.full_like(self._loss, len(self._new_corrupt(progress)))])
+        packed = torch.cat([mine, tally.rounding.double()])
         self._parts.comm.all_reduce_(packed).wait()
-        loss_sum, corrupt = packed.tolist()
+        loss_sum, corrupt, *rounding = packed.tolist()
         mean = loss_sum / self._steps / self._parts.comm.world_size
+        wire = {**dict(zip(ROUNDING, map(int, rounding), strict=True)), "skipped_steps": tally.skipped}
         self._loss.zero_()
+        tally.clear()
         self._steps = 0
-        return mean, corrupt > 0
+        return mean, corrupt > 0, wire
 
     def _new_corrupt(self, progress: Progress) -> list[str]:
         known = set(progress.corrupt)

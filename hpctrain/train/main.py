@@ -60,6 +60,8 @@ def train(config: Config, session: Session, run: RunDirectory, resume: str, titl
     try:
         display.start(f"{title} in {run.path}", plan.describe())
         display.message(f"engine {comm.name} ({session.engine_reason}) on {comm.device}")
+        transport = parts.exchange.transport
+        display.message(f"reduction {transport.name} ({transport.reason})")
         display.message(f"loader {feeds.train_loader.name} ({feeds.loader_reason})")
         for line in passed_over:
             display.message(line)

@@ -41,6 +41,10 @@ class Parts:
         """What turns a micro-batch's gradients into their part of the step's mean."""
         return 1.0 / (self.plan.accumulation * (self.loss_scale.value if self.loss_scale else 1.0))
 
+    def counts_rounding(self, step: int) -> bool:
+        """Whether step ``step`` (from 0) is one whose rounding on the wire is counted: those that are logged."""
+        return self.config.gradients.compression != "none" and (step + 1) % self.config.log.every_steps == 0
+
     def autocast(self) -> AbstractContextManager[object]:
         """The numbers forward computes in, by ``train.precision``."""
         dtype = AUTOCAST_DTYPES.get(self.config.train.precision)

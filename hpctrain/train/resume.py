@@ -28,6 +28,7 @@ def capture(parts: Parts, progress: Progress) -> Checkpoint:
     numbers = {
         "progress": progress.to_numbers(),
         "loss_scale": parts.loss_scale.state_dict() if parts.loss_scale else None,
+        "exchange": parts.exchange.state_dict(),
         "model": parts.config.model.model_dump(),
         "order": order_identity(parts),
         "world_size": parts.plan.world_size,
@@ -52,6 +53,7 @@ def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
         parts.ema.load_state_dict(checkpoint.tensors["ema"])
     if parts.loss_scale is not None and checkpoint.numbers["loss_scale"] is not None:
         parts.loss_scale.load_state_dict(checkpoint.numbers["loss_scale"])
+    parts.exchange.load_state_dict(checkpoint.numbers["exchange"])
     return Progress.from_numbers(checkpoint.numbers["progress"])
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hpctrain.config.schema import EarlyStoppingConfig
+from hpctrain.gradients.tally import ROUNDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Progress:
     best_gain: float | None = None
     evaluations_without_gain: int = 0
     evaluation: dict[str, float] | None = None
+    #: elements that rounding to the wire's type spoilt in the steps that were counted, and steps left out
+    wire: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*ROUNDING, "skipped_steps"), 0))
     #: a line for each sample that could not be decoded, on whichever rank, in the order they were found
     corrupt: list[str] = field(default_factory=list)
 

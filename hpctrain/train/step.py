@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from hpctrain.data.types import Batch
-from hpctrain.gradients.loss_scale import finite_everywhere
+from hpctrain.gradients.verdict import Verdict
 from hpctrain.train.parts import Parts
 
 
 def train_step(parts: Parts, batches: Iterator[Batch], step: int) -> Tensor:
     """Take the micro-batches of optimizer step ``step`` (counted from 0) and move the parameters once.
 
-    Returns this rank's mean loss, a scalar on the device. With fp16 a gradient that is not finite on some rank
-    leaves the parameters as they were, on all ranks.
+    Returns this rank's mean loss, a scalar on the device. Where gradients are judged (fp16 anywhere, or clipping), one
+    that is not finite on some rank leaves the parameters as they were, on all ranks.
     """
     clock, accumulation = parts.clock, parts.plan.accumulation
     total = torch.zeros((), device=parts.comm.device)
@@ -24,7 +24,8 @@ def train_step(parts: Parts, batches: Iterator[Batch], step: int) -> Tensor:
         clock.enter("data")
         images, labels = parts.to_device(next(batches))
         seed_micro_batch(parts.config.seed, step * accumulation + micro, parts.comm.rank)
-        with parts.exchange.accumulate(last=micro == accumulation - 1, scale=parts.gradient_scale):
+        last = micro == accumulation - 1
+        with parts.exchange.accumulate(last=last, scale=parts.gradient_scale, count=parts.counts_rounding(step)):
             clock.enter("forward")
             with parts.autocast():
                 loss = parts.criterion(parts.model(images), labels)
@@ -32,9 +33,9 @@ def train_step(parts: Parts, batches: Iterator[Batch], step: int) -> Tensor:
             (loss if parts.loss_scale is None else parts.loss_scale.scale(loss)).backward()
         total += loss.detach()
     clock.enter("exchange")
-    parts.exchange.finish()
+    verdict = parts.exchange.finish().verdict
     clock.enter("optimizer")
-    if accept(parts):
+    if accept(parts, verdict):
         for group in parts.optimizer.param_groups:
             group["lr"] = parts.plan.schedule.lr_at(step)
         parts.optimizer.step()
@@ -43,13 +44,19 @@ def train_step(parts: Parts, batches: Iterator[Batch], step: int) -> Tensor:
     return total / accumulation
 
 
-def accept(parts: Parts) -> bool:
-    """Whether the mean gradients may be used; moves the loss scale where there is one, alike on all ranks."""
-    if parts.loss_scale is None:
+def accept(parts: Parts, verdict: Verdict | None) -> bool:
+    """Whether the mean gradients may be used, alike on all ranks; moves the loss scale, and clips, where there is one.
+
+    Without a verdict nobody asked: full-range gradients that are not finite end the run by its loss.
+    """
+    if verdict is None:
         return True
-    finite = finite_everywhere(parts.comm, parts.exchange.gradients)
-    parts.loss_scale.update(finite)
-    return finite
+    if parts.loss_scale is not None:
+        parts.loss_scale.update(verdict.finite)
+    clip_norm = parts.config.gradients.clip_norm
+    if clip_norm is not None and verdict.finite:
+        parts.exchange.clip_(clip_norm, verdict.norm)
+    return verdict.finite
 
 
 def seed_micro_batch(seed: int, micro_step: int, worker: int) -> None:

@@ -79,9 +79,9 @@ def build_record(loop: Loop, feeds: Feeds, times: RunTimes, provenance: Provenan
         "wire": {
             "dtype": "+".join(sorted({str(buffer.dtype).removeprefix("torch.") for buffer in buffers})) or "none",
             "bytes_per_step": sum(buffer.nbytes for buffer in buffers),
-            "overflow": 0,
-            "underflow": 0,
-            "reduction": config.gradients.reduction,
+            **progress.wire,
+            "reduction": parts.exchange.transport.name,
+            "reduction_choice": parts.exchange.transport.reason,
         },
         "engine": {"name": comm.name, "version": versions.get(comm.name), "versions": versions},
         "ranks": ranks,

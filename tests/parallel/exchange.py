@@ -15,7 +15,7 @@ from torch.nn import functional
 from hpctrain.comm import registry
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import MachineError
-from hpctrain.gradients.loss_scale import LossScale, finite_everywhere
+from hpctrain.gradients.loss_scale import LossScale
 from hpctrain.gradients.reducer import GradientExchange
 from hpctrain.gradients.replicas import average_buffers, broadcast_state, check_replicas
 from hpctrain.topology.ranks import detect
@@ -91,14 +91,15 @@ def train_alone(workers: int) -> nn.Module:
 def overflow(comm: Communicator, reduction: str) -> list[float]:
     """The loss scale after each of three steps, in the second of which the last rank has an infinite gradient."""
     model = build(norm=False)
-    exchange = GradientExchange(model, comm, reduction=reduction, bucket_bytes=BUCKET_BYTES)
+    exchange = GradientExchange(model, comm, reduction=reduction, bucket_bytes=BUCKET_BYTES, judge=True)
     scale, values = LossScale(), []
     for step in range(3):
         with exchange.accumulate(last=True, scale=1 / scale.value):
             factor = float("inf") if step == 1 and comm.rank == comm.world_size - 1 else 1.0
             (scale.scale(loss_of(model, step, comm.rank)) * factor).backward()
-        exchange.finish()
-        scale.update(finite_everywhere(comm, exchange.gradients))
+        verdict = exchange.finish().verdict
+        assert verdict is not None
+        scale.update(verdict.finite)
         values.append(scale.value)
     exchange.close()
     return values

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from hpctrain.comm.serial import SerialCommunicator
 from hpctrain.errors import MachineError, UserError
-from hpctrain.gradients.reducer import ExchangeStats, GradientExchange
+from hpctrain.gradients.reducer import GradientExchange
+from hpctrain.gradients.tally import ExchangeStats
 from hpctrain.topology.ranks import Topology
 from tests.unit.fake_group import FakeCommunicator, run_group
 

@@ -36,12 +36,17 @@ def test_a_run_leaves_what_a_report_needs(tmp_path: Path, capsys: pytest.Capture
         assert str(tmp_path / file) in said
 
 
-def test_what_went_over_the_wire(tmp_path: Path) -> None:
-    record = run_on(2, recipe(train={"batch_per_worker": 4, "max_steps": 6}), tmp_path)
-    gradients_bytes = 4 * (16 * 8 + 8 + 8 * 7 + 7)
+@pytest.mark.parametrize(("compression", "dtype", "width"), [("none", "float32", 4), ("fp16", "float16", 2)])
+def test_what_went_over_the_wire(tmp_path: Path, compression: str, dtype: str, width: int) -> None:
+    options = {"train": {"batch_per_worker": 4, "max_steps": 6}, "gradients": {"compression": compression}}
+    record = run_on(2, recipe(**options, log={"every_steps": 3}), tmp_path)
+    gradients_bytes = width * (16 * 8 + 8 + 8 * 7 + 7)
     sent_bytes = record["wire"].pop("bytes_per_step")
     assert gradients_bytes <= sent_bytes < gradients_bytes + 128, "but for padding"
-    assert record["wire"] == {"dtype": "float32", "overflow": 0, "underflow": 0, "reduction": "engine"}
+    assert "the engine's own all-reduce" in record["wire"].pop("reduction_choice")
+    nothing = dict.fromkeys(("overflow", "underflow", "subnormal", "nonfinite", "skipped_steps"), 0)
+    assert record["wire"] == {"dtype": dtype, "reduction": "engine", **nothing}
+    assert ("underflow" in lines_of(tmp_path / "steps.jsonl")[-1]) == (compression == "fp16")
     assert [(row["rank"], row["host"]) for row in record["ranks"]] == [(0, "host0"), (1, "host1")]
 
 

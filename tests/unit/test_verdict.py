@@ -1,0 +1,50 @@
+"""One verdict for all ranks: magnitudes, norm, and whether anything is not finite."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hpctrain.gradients.verdict import Jury, Verdict
+from hpctrain.gradients.wire import figures_of
+from tests.unit.fake_group import FakeCommunicator, run_group
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("position", [0, 17, 1022])
+def test_one_bad_element_anywhere_shows(bad: float, position: int) -> None:
+    tensors = [torch.full((1023,), 3e38), torch.full((1023,), -3e38), torch.empty(0)]
+    assert figures_of(tensors)[0] == torch.tensor(3e38).double()
+    tensors[1][position] = bad
+    assert figures_of(tensors)[0] == torch.inf
+
+
+def test_the_squares_are_summed_wide() -> None:
+    assert figures_of([torch.full((1000,), 1e20), torch.full((10,), -3.0)])[1].item() == pytest.approx(1e43)
+    assert figures_of([]).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("hosts", [None, ["here", "here", "here"]], ids=["by the engine", "in shared memory"])
+def test_ranks_that_find_different_figures_end_with_the_largest(hosts: list[str] | None) -> None:
+    def work(comm: FakeCommunicator) -> list[Verdict]:
+        jury = Jury(comm, share=hosts is not None)
+        verdicts = []
+        for step in range(3):
+            spoilt = step == 1 and comm.rank == 2
+            first = torch.tensor([2.0 + comm.rank, 9.0], dtype=torch.float64)
+            second = torch.tensor([float("nan") if spoilt else 1.0, 16.0 - comm.rank], dtype=torch.float64)
+            verdicts.append(jury.judge([first, second]))
+        jury.close()
+        return verdicts
+
+    ranks = run_group(3, work, hosts)
+    assert ranks[0] == ranks[1] == ranks[2]
+    assert [verdict.finite for verdict in ranks[0]] == [True, False, True]
+    assert ranks[0][0] == Verdict((4.0, 1.0), 5.0)
+    assert ranks[0][1].magnitudes == (4.0, math.inf)
+
+
+def test_of_nothing_the_verdict_is_zero() -> None:
+    assert run_group(1, lambda comm: Jury(comm, share=False).judge([])) == [Verdict((), 0.0)]
