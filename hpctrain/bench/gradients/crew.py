@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import shorten
 
 import psutil
 
@@ -23,6 +24,8 @@ _FAREWELL_S = 5.0
 #: how long the ranks beside one that failed may take to say the same
 _GRACE_S = 5.0
 _POLL_S = 0.2
+#: most characters of a group's last line that a message repeats
+_SAID = 200
 
 
 class Crew:
@@ -94,7 +97,7 @@ class Crew:
             for rank in (rank for rank in waiting if self._calls[rank] in readable):
                 messages = self._calls[rank].read()
                 if messages is None:
-                    self._raise_errors(answers)
+                    # Before the errors of others: those are the echo.
                     raise self._lost(rank)
                 alive_at[rank] = time.monotonic()
                 for message in messages:
@@ -153,5 +156,5 @@ class Crew:
 
     def _trouble(self, what: str) -> MachineError:
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        last = f"; the last it said: {lines[-1].strip()}" if lines else ""
+        last = f"; the last it said: {shorten(lines[-1], _SAID)}" if lines else ""
         return MachineError(f"{self.group.name} {what}{last}")

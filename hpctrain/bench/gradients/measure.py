@@ -78,7 +78,9 @@ class Bench:
 
     def enter(self, name: str, label: str, settings: Mapping[str, Any]) -> float:
         """Have competitor ``name`` set itself up as ``label``; the error of its worst tensor, which is tolerable."""
-        answers = self.ask(name, {"do": "enter", "name": label, "gradients": dict(settings)})
+        # The first step may take longer than others, as at the start of a run.
+        limit_s = max(self.config.comm.timeout_s, self.config.comm.startup_timeout_s)
+        answers = self.ask(name, {"do": "enter", "name": label, "gradients": dict(settings)}, limit_s)
         worst = max(answers, key=lambda answer: float(answer["apart"]))
         check(f"{name} ({label})", worst["tensor"], worst["apart"], TOLERANCE[settings["compression"]])
         return float(worst["apart"])
@@ -88,11 +90,11 @@ class Bench:
         steps = self.config.log.every_steps
         return sample_of(self.ask(name, {"do": "block", "name": label, "steps": steps}), steps)
 
-    def ask(self, name: str, order: Mapping[str, Any]) -> list[Message]:
+    def ask(self, name: str, order: Mapping[str, Any], limit_s: float | None = None) -> list[Message]:
         """Wake a competitor, have it obey, and let it sleep again."""
         crew = self.company.crews[name]
         with crew.awake():
-            return crew.ask(order, self.config.comm.timeout_s)
+            return crew.ask(order, limit_s or self.config.comm.timeout_s)
 
     def run(self, contests: Sequence[Contest], rounds: int, on_round: Callable[[int], None]) -> Samples:
         """A sample a round of each contest, in an order that changes with the rounds."""
