@@ -10,7 +10,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
-readonly PARTS=(environment horovod engines-1 engines-2 step-bf16 step-fp16 resume memory step-2 tests)
+readonly PARTS=(environment horovod engines-1 engines-2 gradients step-bf16 step-fp16 resume memory step-2 tests)
 device=cuda wheels="" out="" limit_min=30 only_list=false chosen=()
 
 usage() { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; }
@@ -26,6 +26,7 @@ describe() {
     horovod) echo "Horovod is here, or is built with NCCL" ;;
     engines-1) echo "the engines' contract on one rank" ;;
     engines-2) echo "the engines' contract on two ranks, both on the one GPU" ;;
+    gradients) echo "narrowing and widening ResNet-50's gradients: our kernels against others' ways" ;;
     step-bf16) echo "bench step, ResNet-50 in bf16: hpctrain against a bare loop" ;;
     step-fp16) echo "the same in fp16" ;;
     resume) echo "20 steps against 10 and 10 more" ;;
@@ -97,9 +98,9 @@ fi
 
 # Where the parts differ between a GPU and a trial on CPUs.
 if [[ $device == cuda ]]; then
-  net=benchmarks/resnet50.yaml rounds=8 steps=2000 sets=()
+  net=benchmarks/resnet50.yaml rounds=8 samples=20 steps=2000 sets=()
 else
-  net=benchmarks/small.yaml rounds=2 steps=40 sets=(--set log.every_steps=2)
+  net=benchmarks/small.yaml rounds=2 samples=1 steps=40 sets=(--set log.every_steps=2)
 fi
 sets+=(--set "train.device=$device")
 
@@ -118,6 +119,7 @@ plan() {
     environment) command=(bash -c "$doctor" bash "$python" "$json") ;;
     horovod) cap=900 command=(bash -c "$build" bash "$python" "$has_horovod" "${gpu[@]}") ;;
     engines-*) command=("$python" -m benchmarks.engines --ranks "${1#engines-}" "${common[@]}") ;;
+    gradients) command=("$python" -m benchmarks.gpu_gradients --rounds "$samples" "${common[@]}") ;;
     step-2)
       command=("$python" -m benchmarks.ranks --engine horovod --ranks 2 "${common[@]}" --
         bench step benchmarks/small.yaml --rounds 2 --set "train.device=$device" --set log.every_steps=5)

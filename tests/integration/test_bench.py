@@ -65,12 +65,12 @@ def test_loaders_are_compared(digits: Path, tmp_path: Path) -> None:
 
 
 def test_the_gpu_suite_leaves_a_summary(tmp_path: Path) -> None:
-    done = script(*SUITE, "--out", str(tmp_path), "--limit", "4", "resume", "memory", "tests")
+    done = script(*SUITE, "--out", str(tmp_path), "--limit", "4", "resume", "memory", "gradients", "tests")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["passed"]
     assert {row["part"]: row["status"] for row in summary["parts"]} == dict.fromkeys(
-        ("resume", "memory", "tests"), "passed"
+        ("resume", "memory", "gradients", "tests"), "passed"
     )
     resume = json.loads((tmp_path / "resume.json").read_text())
     assert resume["bitwise"] == {"resumed": True, "repeated": True}
@@ -78,6 +78,9 @@ def test_the_gpu_suite_leaves_a_summary(tmp_path: Path) -> None:
     assert memory["steps"] == 40
     assert memory["memory_slope_bytes_per_step"] is not None
     assert "bytes a step" in summary["parts"][1]["sentence"]
+    gradients = json.loads((tmp_path / "gradients.json").read_text())
+    assert gradients["gradients"] == {"tensors": 161, "elements": 25557032, "wire": "float16"}
+    assert set(gradients["ratios"]) == {"casts", "foreach_copy", "bucket_cast"}
 
 
 def test_the_gpu_suite_goes_on_after_a_failure_and_stops_in_time(tmp_path: Path) -> None:
@@ -90,7 +93,7 @@ def test_the_gpu_suite_goes_on_after_a_failure_and_stops_in_time(tmp_path: Path)
     rows = json.loads((tmp_path / "summary.json").read_text())["parts"]
     assert {row["status"] for row in rows} == {"skipped"}
     assert {row["note"] for row in rows} == {"the time was up"}
-    assert (done.returncode, len(rows)) == (1, 10)
+    assert (done.returncode, len(rows)) == (1, 11)
 
 
 @pytest.mark.parametrize(
