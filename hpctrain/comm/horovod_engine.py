@@ -204,10 +204,10 @@ class HorovodCommunicator(Communicator):
         topology = replace(self.topology, rank=list(ranks).index(self.rank), world_size=len(ranks))
         return HorovodCommunicator(topology, self.device, self.shared.process_sets[members], self.shared, is_split=True)
 
-    def forget_groups(self) -> None:
+    def forget_subgroups(self) -> None:
         """Groups end with the world they were split from: after a restart they are split anew."""
         self.shared.process_sets.clear()
-        self._groups.clear()
+        self._subgroups.clear()
 
     def barrier(self) -> None:
         with self.faults("barrier"):
@@ -281,7 +281,7 @@ class ReleasedHorovod:
         # Nobody may begin anew while another rank is still reading what the last start left.
         self._comm.barrier()
         hvd.shutdown()
-        self._comm.forget_groups()
+        self._comm.forget_subgroups()
         os.environ.update(environment)
         join(self._comm.topology)
 

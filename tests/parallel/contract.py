@@ -29,6 +29,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.errors import MachineError, UserError
 from hpctrain.topology.ranks import detect
 from hpctrain.train.session import choose_device
+from tests.parallel import reductions
 from tests.parallel.launch import report
 
 SIZES = (0, 1, 7, 1001)
@@ -245,10 +246,10 @@ def check_split(comm: Communicator) -> None:
     comm.barrier()
 
 
-def check_a_group_is_split_once(comm: Communicator) -> None:
+def check_a_subgroup_is_split_once(comm: Communicator) -> None:
     ranks = list(range(0, comm.world_size, 2))
-    group = comm.group(ranks)
-    assert comm.group(tuple(ranks)) is group
+    group = comm.subgroup(ranks)
+    assert comm.subgroup(tuple(ranks)) is group
     assert (group is not None) == (comm.rank in ranks)
     if group is not None:
         buffer = torch.ones(3)
@@ -347,7 +348,7 @@ def check_window(comm: Communicator) -> None:
 def check_windows_of_a_group_and_of_odd_sizes(comm: Communicator) -> None:
     if comm.device.type != "cpu":
         return
-    group = comm.group(range(0, comm.world_size, 2))
+    group = comm.subgroup(range(0, comm.world_size, 2))
     for size in (0, 1, 4096, 4097):
         both = [member.open_window(size) for member in (comm, group) if member is not None]
         for member, window in zip((comm, group), both, strict=False):
@@ -394,7 +395,7 @@ def expect(kind: type[Exception], text: str, action: Callable[[], Any]) -> None:
         action()
 
 
-CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
+CHECKS = reductions.CHECKS | {name: check for name, check in list(globals().items()) if name.startswith("check_")}
 
 
 def run_checks(comm: Communicator) -> dict[str, str]:

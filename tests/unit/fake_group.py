@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.comm.base import Communicator, Op, Work
-from hpctrain.topology.ranks import Topology
+from hpctrain.topology.ranks import Topology, place
 
 TIMEOUT_S = 20.0
 T = TypeVar("T")
@@ -103,8 +103,9 @@ class FakeCommunicator(Communicator):
 
     name = "fake"
 
-    def __init__(self, group: Group, rank: int) -> None:
-        super().__init__(Topology(rank=rank, world_size=group.world_size, host=f"host{rank}"), torch.device("cpu"))
+    def __init__(self, group: Group, rank: int, hosts: Sequence[str] | None = None) -> None:
+        topology = Topology(rank=rank, world_size=group.world_size, host=f"host{rank}")
+        super().__init__(place(topology, hosts) if hosts else topology, torch.device("cpu"))
         self.group = group
 
     def _launch(self, kind: str, brought: Tensor, output: Tensor, result: Callable[[list[Tensor]], Tensor]) -> Work:
@@ -126,6 +127,13 @@ class FakeCommunicator(Communicator):
         assert output.numel() == buffer.numel()
         return self._launch("all_to_all", buffer, output, lambda parts: torch.cat([self._mine(p) for p in parts]))
 
+    def gather_(self, output: Tensor | None, buffer: Tensor, root: int = 0) -> Work:
+        kept = torch.empty(0)
+        if self.rank == root:
+            assert output is not None and output.numel() == self.world_size * buffer.numel()
+            kept = output
+        return self._launch(f"gather {root}", buffer, kept, lambda parts: torch.cat(parts)[: kept.numel()])
+
     def broadcast_(self, buffer: Tensor, root: int = 0) -> Work:
         return self._launch(f"broadcast {root}", buffer, buffer, lambda parts: parts[root])
 
@@ -146,13 +154,16 @@ class FakeCommunicator(Communicator):
         return
 
 
-def run_group(world_size: int, work: Callable[[FakeCommunicator], T]) -> list[T]:
-    """What ``work`` returns on each rank, in rank order; raises what the lowest failing rank raised."""
+def run_group(world_size: int, work: Callable[[FakeCommunicator], T], hosts: Sequence[str] | None = None) -> list[T]:
+    """What ``work`` returns on each rank, in rank order; raises what the lowest failing rank raised.
+
+    ``hosts`` names the host of each rank and places the ranks; without it each has a host of its own, unplaced.
+    """
     group = Group(world_size)
 
     def run(rank: int) -> T:
         try:
-            return work(FakeCommunicator(group, rank))
+            return work(FakeCommunicator(group, rank, hosts))
         except BaseException:
             group.fail()
             raise
