@@ -24,7 +24,7 @@ from hpctrain.gradients.registry import WIRES, find
 from hpctrain.gradients.tally import ExchangeStats, Tally
 from hpctrain.gradients.transport import Transport
 from hpctrain.gradients.verdict import Jury, Verdict
-from hpctrain.gradients.wire import PlainWire, figures_of
+from hpctrain.gradients.wire import FeedbackWire, PlainWire, figures_of
 from hpctrain.kernels.registry import kernels_for
 
 
@@ -260,6 +260,11 @@ class GradientExchange:
         """Shrink the mean gradients, whose norm is ``norm``, to ``max_norm`` where they are longer."""
         if norm > max_norm:
             torch._foreach_mul_(self.gradients, max_norm / norm)
+
+    @property
+    def residuals(self) -> list[Tensor]:
+        """What error feedback keeps for the next step, by bucket; without it, nothing."""
+        return [lane.wire.residual for lane in self._lanes if isinstance(lane.wire, FeedbackWire)]
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step's scales follow from, as JSON."""

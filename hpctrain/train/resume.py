@@ -11,6 +11,7 @@ from torch import Tensor
 from hpctrain.comm.agree import on_rank_zero, raise_together
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import HpctrainError, UserError
+from hpctrain.gradients.residuals import gather_residuals, restore_residuals
 from hpctrain.optim.state import load_optimizer_state, optimizer_state
 from hpctrain.train.checkpoint import Checkpoint, TensorGroups, list_checkpoints, load_checkpoint
 from hpctrain.train.parts import Parts
@@ -18,13 +19,18 @@ from hpctrain.train.state import Progress
 
 
 def capture(parts: Parts, progress: Progress) -> Checkpoint:
-    """All that decides how the run goes on; the tensors are the live ones, not copies."""
+    """All that decides how the run goes on; the tensors are the live ones, not copies. Collective.
+
+    What differs from rank to rank is on rank 0, which writes.
+    """
     tensors: TensorGroups = {
         "model": dict(parts.model.state_dict()),
         "optimizer": optimizer_state(parts.optimizer, parts.model),
     }
     if parts.ema is not None:
         tensors["ema"] = parts.ema.state_dict()
+    if parts.exchange.residuals:
+        tensors["residuals"] = gather_residuals(parts.comm, parts.exchange.residuals)
     numbers = {
         "progress": progress.to_numbers(),
         "loss_scale": parts.loss_scale.state_dict() if parts.loss_scale else None,
@@ -53,6 +59,8 @@ def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
         parts.ema.load_state_dict(checkpoint.tensors["ema"])
     if parts.loss_scale is not None and checkpoint.numbers["loss_scale"] is not None:
         parts.loss_scale.load_state_dict(checkpoint.numbers["loss_scale"])
+    if parts.exchange.residuals and "residuals" in checkpoint.tensors:
+        restore_residuals(parts.comm, parts.exchange.residuals, checkpoint.tensors["residuals"])
     parts.exchange.load_state_dict(checkpoint.numbers["exchange"])
     return Progress.from_numbers(checkpoint.numbers["progress"])
 

@@ -129,3 +129,19 @@ def test_tensorboard_can_be_read(tmp_path: Path) -> None:
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
     assert [event.step for event in events.Scalars("val/top1")] == [10, 12, 20]
+
+
+@pytest.mark.parametrize("compression", ["fp16", "bf16", "fp16_ef"])
+def test_a_narrow_run_goes_on_bit_for_bit(tmp_path: Path, compression: str) -> None:
+    """Scales and what error feedback owes are in the checkpoint; on another number of ranks the run goes on too."""
+
+    def trained(folder: Path, world_size: int, steps: int) -> str:
+        train = {"batch_per_worker": 8 // world_size, "max_steps": steps, "epochs": 4}
+        gradients = {"compression": compression, "reduction": "ordered", "bucket_mib": 0.001}
+        return run_on(world_size, recipe(train=train, gradients=gradients), folder)["parameters_sha256"]
+
+    whole = trained(tmp_path / "whole", 2, 8)
+    trained(tmp_path / "parts", 2, 5)
+    assert trained(tmp_path / "parts", 2, 8) == whole
+    trained(tmp_path / "grown", 2, 5)
+    trained(tmp_path / "grown", 4, 8)
