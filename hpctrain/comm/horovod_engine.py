@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.comm import horovod_settings as settings
+from hpctrain.comm import open_mpi
 from hpctrain.comm.base import Communicator, Op, Work
 from hpctrain.comm.checks import (
     as_bytes,
@@ -75,6 +76,7 @@ def boot(topology: Topology, device: torch.device, timeout_s: float) -> Communic
         raise UserError(f"Horovod was built without NCCL and would copy GPU buffers through the host: {REMEDY_GPU}")
     for variable, value in settings.DEFAULTS.items():
         os.environ.setdefault(variable, value)
+    open_mpi.tune(topology)
     join(topology)
     settings.check_started(over_mpi=mpi_ops.mpi_enabled())
     return HorovodCommunicator(topology, device, hvd.global_process_set, _Shared(mpi_ops, list(range(hvd.size()))))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpctrain.comm import open_mpi
 from hpctrain.comm.base import Communicator, Op, Work
 from hpctrain.comm.checks import (
     as_bytes,
@@ -91,6 +92,7 @@ def boot(topology: Topology, device: torch.device, timeout_s: float) -> Communic
 
     Raises UserError when MPI's world is not the launcher's, or when MPI may be called by the main thread only.
     """
+    open_mpi.tune(topology)
     mpi = start_mpi()
     if mpi.Query_thread() < mpi.THREAD_SERIALIZED:
         raise UserError(
