@@ -245,7 +245,9 @@ def bench_gradients(
     model: Annotated[
         str | None, typer.Option("--model", metavar="NAME", help="net whose tensors count [default: resnet50]")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="processes of each competitor, all on this host")] = 2,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="processes of each competitor, all on this host [default: 2]")
+    ] = None,
     json_file: JsonFile = None,
     rounds: Rounds = 12,
     picture: Annotated[Path | None, typer.Option("--picture", metavar="FILE", help="draw the times as a PNG")] = None,
@@ -253,8 +255,8 @@ def bench_gradients(
 ) -> None:
     """Compare our whole exchange of a model's gradients with Horovod's, DDP's, plain mpi4py and ChainerMN's way.
 
-    Started plainly, without a launcher: it starts the ranks of every competitor itself. Each is verified before it
-    is timed, only one runs at a time, and ratios (a peer's time / ours) are taken within rounds.
+    Started plainly: it starts the ranks of every competitor itself, as many as a launcher around it would have. Each
+    is verified before it is timed, only one runs at a time, and ratios (a peer's time / ours) are taken within rounds.
     """
     with _ended_by_interrupt():
         from hpctrain.bench.gradients.command import Asked, bench_gradients_command

@@ -70,7 +70,7 @@ def boot(topology: Topology, device: torch.device, timeout_s: float) -> Communic
     return TorchCommunicator(topology, device, None)
 
 
-def wrap_released(model: torch.nn.Module, device: torch.device, *, fp16: bool) -> torch.nn.Module:
+def wrap_released(model: torch.nn.Module, *, fp16: bool) -> torch.nn.Module:
     """``model`` in DistributedDataParallel over the world's group, as it comes: a peer to be measured against.
 
     ``fp16`` adds the hook that sends gradients in that format.
@@ -78,7 +78,7 @@ def wrap_released(model: torch.nn.Module, device: torch.device, *, fp16: bool) -
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
     from torch.nn.parallel import DistributedDataParallel
 
-    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    wrapped = DistributedDataParallel(model)
     if fp16:
         wrapped.register_comm_hook(None, fp16_compress_hook)
     return wrapped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,7 +26,7 @@ from hpctrain.bench.gradients.tuning import best_of, candidates, tuning_sentence
 from hpctrain.config.load import load_config
 from hpctrain.config.schema import Config
 from hpctrain.errors import MachineError, UserError
-from hpctrain.topology.ranks import HOROVODRUN, TORCHRUN, detect
+from hpctrain.topology.ranks import HOROVODRUN, TORCHRUN, Topology, detect
 from tests.unit.fake_group import run_group
 
 CPU = torch.device("cpu")
@@ -141,6 +142,7 @@ def test_a_rank_started_directly_knows_its_place(table: Any, launcher: str) -> N
 def test_foreign_launchers_are_forgotten_and_settings_kept() -> None:
     around = {
         "OMPI_COMM_WORLD_RANK": "1",
+        "OMPI_FILE_LOCATION": "/tmp/x",
         "PMIX_NAMESPACE": "x",
         "SLURM_JOB_ID": "7",
         "HOROVOD_RANK": "0",
@@ -219,12 +221,12 @@ def of(*step_s: float) -> list[Sample]:
 
 def bench_and_samples() -> tuple[Bench, dict[Contest, list[Sample]]]:
     bench = Bench(config_of(), company("hpctrain_torch", "ddp", absent={"mpi4py_naive": "mpi4py is not installed"}))
-    bench.apart = {Contest("ddp", "fp16"): 3e-4}
     samples = {
         Contest("hpctrain_torch", "fp16"): of(1.0, 2.2, 2.0),
         Contest("ddp", "fp16"): of(1.5, 3.3, 3.0),
         Contest("hpctrain_torch", "fp32"): of(2.0, 2.0, 2.0),
     }
+    bench.verified = {contest: {"apart": 3e-4, "tensor": "x", "how": "somehow"} for contest in samples}
     return bench, samples
 
 
@@ -243,7 +245,11 @@ def test_the_record_the_table_and_the_sentence(capsys: pytest.CaptureFixture[str
     assert record["ratios_fp32"] == {}
     assert record["variants"]["ddp"]["fp16"]["samples"]["cpu_s"] == [3.0, 6.6, 6.0]
     assert record["unavailable"] == {"mpi4py_naive": "mpi4py is not installed"}
-    assert record["verified"]["apart"]["fp16"] == {"ddp": 3e-4}
+    assert record["verified"]["apart"] == {
+        "fp16": {"hpctrain_torch": 3e-4, "ddp": 3e-4},
+        "fp32": {"hpctrain_torch": 3e-4},
+    }
+    assert record["variants"]["ddp"]["fp16"]["how"] == "somehow"
     assert record["sentence"] == (
         "hpctrain over torch.distributed exchanges the 4 gradients of dense (0.6 M) between 2 ranks on cpu in "
         "2000.0 ms in fp16, where the others take times as long: DDP 1.50 (1.50 to 1.50); in 2000.0 ms in fp32; "
@@ -263,9 +269,15 @@ def test_the_record_the_table_and_the_sentence(capsys: pytest.CaptureFixture[str
 
 
 def test_sizes_that_make_one_bucket_are_tried_once() -> None:
-    sizes = [found["bucket_mib"] for found in candidates({"bucket_mib": 16.0}, 9 << 20)]
-    assert sizes == [16.0, 1.0, 2.0, 4.0, 8.0]
-    assert [found["bucket_mib"] for found in candidates({"bucket_mib": 5.0}, 1 << 30)][-1] == 64.0
+    configured = {"bucket_mib": 16.0, "last_bucket_mib": 1.0}
+    tried = candidates("bucket_mib", configured, configured, 9 << 20)
+    assert [found["bucket_mib"] for found in tried] == [16.0, 1.0, 2.0, 4.0, 8.0]
+    assert {found["last_bucket_mib"] for found in tried} == {1.0}
+    assert candidates("bucket_mib", configured, configured, 1 << 30)[-1]["bucket_mib"] == 64.0
+    tried = candidates("last_bucket_mib", configured | {"bucket_mib": 2.0}, configured, 9 << 20)
+    assert tried[0] == configured
+    assert [found["last_bucket_mib"] for found in tried[1:]] == [1.0, 0.25, 0.5, 2.0]
+    assert {found["bucket_mib"] for found in tried[1:]} == {2.0}
 
 
 def test_the_best_is_found_within_rounds() -> None:
@@ -297,7 +309,7 @@ def test_the_fragment_can_be_extended(tmp_path: Path) -> None:
 
 def asked(folder: Path, **changes: Any) -> command.Asked:
     return command.Asked(
-        **{"ranks": 2, "rounds": 1, "json_file": folder / "x.json", "picture": None, "tune": False} | changes
+        **{"ranks": None, "rounds": 1, "json_file": folder / "x.json", "picture": None, "tune": False} | changes
     )
 
 
@@ -326,3 +338,21 @@ def test_what_cannot_be_kept_is_refused_before_anything_starts(
 def test_an_unknown_net_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="resnet51"):
         command.bench_gradients_command(None, [], "resnet51", asked(tmp_path))
+
+
+def test_a_launcher_tells_the_number_of_ranks() -> None:
+    mpirun = Topology(rank=0, world_size=4, local_rank=0, local_size=4, launcher="mpirun")
+    assert command.count_ranks(None, Topology()) == 2
+    assert command.count_ranks(3, Topology()) == 3
+    assert command.count_ranks(None, mpirun) == command.count_ranks(4, mpirun) == 4
+    with pytest.raises(UserError, match="--ranks is 2, but mpirun has started 4: leave one of them out"):
+        command.count_ranks(2, mpirun)
+    with pytest.raises(UserError, match="mpirun has started 2 of 4 ranks here: start it by itself with --ranks 2"):
+        command.count_ranks(None, replace(mpirun, local_size=2))
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+def test_other_ranks_of_a_launcher_have_nothing_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    command.bench_gradients_command(None, [], None, asked(tmp_path))

@@ -35,6 +35,8 @@ class Contestant:
     finish: Callable[[Tensor], object]
     forward: Callable[[], Tensor]
     close: Callable[[], object] = lambda: None
+    #: what it chose by itself
+    how: str = ""
 
 
 #: gets a competitor ready: the net's parameters, a name, and what the configuration says of gradients
@@ -119,14 +121,17 @@ def _open_ours(group: Group, topology: Topology, device: torch.device, limit_s: 
             reduction=gradients.reduction,
             compression=gradients.compression,
             bucket_bytes=round(gradients.bucket_mib * _MIB),
+            last_bucket_bytes=round(gradients.last_bucket_mib * _MIB),
         )
+        transport = exchange.transport
 
         def finish(loss: Tensor) -> None:
             with exchange.accumulate(last=True):
                 backward(loss)
             exchange.finish()
 
-        return Contestant(delivery, finish, delivery, exchange.close)
+        how = f"reduction {transport.name} ({transport.reason})"
+        return Contestant(delivery, finish, delivery, exchange.close, how)
 
     return World(comm.barrier, comm.close, enter, comm.versions())
 
@@ -157,7 +162,7 @@ def _open_ddp(group: Group, topology: Topology, device: torch.device, limit_s: f
     comm = registry.create(group.engine, topology, device, limit_s)
 
     def enter(delivery: Delivery, name: str, gradients: GradientsConfig) -> Contestant:
-        model = torch_engine.wrap_released(delivery, device, fp16=_is_narrow(gradients))
+        model = torch_engine.wrap_released(delivery, fp16=_is_narrow(gradients))
         return Contestant(delivery, backward, model)
 
     return World(comm.barrier, comm.close, enter, comm.versions())

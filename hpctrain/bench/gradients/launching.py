@@ -29,8 +29,8 @@ WORKER = "hpctrain.bench.gradients.worker"
 _PR_SET_PDEATHSIG = 1
 #: Variables of launchers around the bench, and of a Slurm job, that would tell ranks of another world. What users set
 #: to steer their libraries (PRTE_MCA_, OMPI_MCA_, PMIX_MCA_, NCCL_, HOROVOD_FUSION_THRESHOLD, …) stays.
-_FOREIGN = ("OMPI_COMM_", "OMPI_UNIVERSE_", "OMPI_APP_", "PMI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC_")
-_STEERING = ("PMIX_MCA_", "PRTE_MCA_", "OMPI_MCA_")
+_FOREIGN = ("OMPI_", "PMI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC_")
+_STEERING = ("OMPI_MCA_", "PMIX_MCA_", "PRTE_MCA_", "OMPI_ALLOW_")
 _FOREIGN_NAMES = frozenset({"HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS", "HOROVOD_GLOO_RENDEZVOUS_ADDR"})
 _DAY_S = 86_400.0
 

@@ -48,7 +48,7 @@ class Bench:
         self.company = company
         self.ours = choose_ours(config.comm.engine, company)
         self.unavailable = dict(company.absent)
-        self.apart: dict[Contest, float] = {}
+        self.verified: dict[Contest, Message] = {}
 
     def settings_of(self, contest: Contest) -> dict[str, Any]:
         """The section `gradients` as the competitor is to take it."""
@@ -64,26 +64,28 @@ class Bench:
     def verify_all(self) -> list[Contest]:
         """Set up and verify every competitor in every format; those that can take part.
 
-        Raises MachineError that names competitor and tensor when a mean is wrong.
+        Raises MachineError that names competitor and tensor when a mean is wrong, UserError when ours cannot run.
         """
         entered = []
         for contest in (Contest(name, form) for name in self.company.crews for form in FORMATS):
             try:
-                self.apart[contest] = self.enter(contest.name, contest.format, self.settings_of(contest))
+                self.verified[contest] = self.enter(contest.name, contest.format, self.settings_of(contest))
             except UserError as error:
+                if contest.name == self.ours:
+                    raise
                 self.unavailable[f"{contest.name} in {contest.format}"] = str(error)
             else:
                 entered.append(contest)
         return entered
 
-    def enter(self, name: str, label: str, settings: Mapping[str, Any]) -> float:
-        """Have competitor ``name`` set itself up as ``label``; the error of its worst tensor, which is tolerable."""
+    def enter(self, name: str, label: str, settings: Mapping[str, Any]) -> Message:
+        """Have competitor ``name`` set itself up as ``label``; what it says of its worst tensor, which is tolerable."""
         # The first step may take longer than others, as at the start of a run.
         limit_s = max(self.config.comm.timeout_s, self.config.comm.startup_timeout_s)
         answers = self.ask(name, {"do": "enter", "name": label, "gradients": dict(settings)}, limit_s)
         worst = max(answers, key=lambda answer: float(answer["apart"]))
         check(f"{name} ({label})", worst["tensor"], worst["apart"], TOLERANCE[settings["compression"]])
-        return float(worst["apart"])
+        return worst
 
     def block(self, name: str, label: str) -> Sample:
         """One block of competitor ``name``, entered as ``label``."""

@@ -56,7 +56,10 @@ def record_of(bench: Bench, samples: Samples, rounds: int) -> dict[str, Any]:
         "verified": {
             "tolerance": TOLERANCE,
             "apart": {
-                form: {c.name: apart for c, apart in bench.apart.items() if c.format == form} for form in FORMATS
+                form: {
+                    contest.name: found["apart"] for contest, found in bench.verified.items() if contest.format == form
+                }
+                for form in FORMATS
             },
         },
         "unavailable": bench.unavailable,
@@ -71,6 +74,7 @@ def _describe(bench: Bench, samples: Samples, name: str) -> dict[str, Any]:
         if found := samples.get(Contest(name, form)):
             step_s, cpu_s = [sample.step_s for sample in found], [sample.cpu_s for sample in found]
             described[form] = {
+                "how": bench.verified[Contest(name, form)]["how"],
                 "step_s": asdict(Spread.of(step_s)),
                 "cpu_s": asdict(Spread.of(cpu_s)),
                 "samples": {"step_s": step_s, "cpu_s": cpu_s},

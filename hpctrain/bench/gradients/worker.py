@@ -71,7 +71,7 @@ class Rank:
             self._exchange(contestant)
             found.append(contestant.delivery.worst(self._step))
         error, tensor = max(found)
-        return {"apart": error, "tensor": tensor}
+        return {"apart": error, "tensor": tensor, "how": contestant.how}
 
     def block(self, order: Message) -> Message:
         """Time exchanges: when each began and ended on this rank, by the clock of the host, and seconds of CPU."""
