@@ -149,8 +149,16 @@ def test_every_operation_is_right_on_a_right_engine(world_size: int) -> None:
                 operation.refill()
                 has_it_already = cell.case.operation == "broadcast" and comm.rank == 0
                 assert has_it_already or operation.find_wrong() is not None, f"{cell}: what was not done is not right"
+                for _ in range(3):
+                    operation.run()
 
-    run_group(world_size, rank)
+    run_group(world_size, rank, hosts=["here"] * world_size)
+
+
+def test_what_needs_shared_memory_is_refused_where_there_is_none() -> None:
+    cell = Cell(Case("all_reduce", operations.SHARED, "fp32"), 256, 64)
+    refusals = run_group(2, lambda comm: bench_of(comm).try_out(cell))
+    assert refusals == ["the ranks share no memory: the ranks sit on 2 hosts"] * 2
 
 
 def test_a_reduction_is_closed_after_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +206,9 @@ def test_a_wrong_result_ends_it_on_every_rank_and_names_operation_size_and_rank(
     assert run_group(2, rank) == [[expected] * 2] * 2
 
 
+HERE = ["here"] * 2
+
+
 class OneDtype(FakeCommunicator):
     def all_reduce_(self, buffer: Any, op: Any = "sum") -> Any:
         if buffer.dtype == torch.bfloat16:
@@ -209,10 +220,10 @@ def record_of(sizes: list[int], dtypes: list[str], rounds: int = 3) -> dict[str,
     config = load_config(None, ["model.name=dense", "seed=7"])
 
     def rank(comm: FakeCommunicator) -> dict[str, Any]:
-        restricted = OneDtype(comm.group, comm.rank)
+        restricted = OneDtype(comm.group, comm.rank, HERE)
         return measure_all(config, session_of(restricted), sizes, dtypes, rounds, lambda done: None)
 
-    records = run_group(2, rank)
+    records = run_group(2, rank, HERE)
     for record in records:
         json.dumps(record, allow_nan=False)
     first, other = records
@@ -261,10 +272,14 @@ def test_what_an_engine_cannot_do_is_told_and_the_rest_is_measured() -> None:
 @pytest.mark.usefixtures("short_blocks")
 def test_sizes_that_are_rounded_up_stay_in_the_row_that_was_asked_for() -> None:
     config = load_config(None, ["model.name=dense"])
-    record = run_group(3, lambda comm: measure_all(config, session_of(comm), [4096], ["fp16"], 1, lambda done: None))[0]
+
+    def rank(comm: FakeCommunicator) -> dict[str, Any]:
+        return measure_all(config, session_of(comm), [4096], ["fp16"], 1, lambda done: None)
+
+    record = run_group(3, rank, hosts=["here"] * 3)[0]
     by_name = {case["algorithm"]: case["sizes"] for case in record["cases"] if case["operation"] == "all_reduce"}
     assert {name: [(row["asked_bytes"], row["size_bytes"]) for row in rows] for name, rows in by_name.items()} == {
-        name: [(4096, 4096 if name == "engine" else 4128)] for name in operations.REDUCTIONS
+        name: [(4096, 4096 if name == "engine" else 4128)] for name in (*operations.REDUCTIONS, operations.SHARED)
     }
     out = io.StringIO()
     with redirect_stdout(out):

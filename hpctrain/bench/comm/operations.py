@@ -24,13 +24,19 @@ from torch import Tensor
 
 from hpctrain.bench.comm.pattern import PERIOD, Pattern, Wrong, sent_by, summand, total
 from hpctrain.comm.base import Communicator
+from hpctrain.errors import UserError
+from hpctrain.gradients.reduction import Reduction
 from hpctrain.gradients.registry import REDUCTIONS
+from hpctrain.gradients.shared import SharedReduction
+from hpctrain.kernels.registry import kernels_for
 
 #: by the names of gradients.compression and train.precision
 SUMMED_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: Operations that sum nothing move bytes, whatever they mean; these are whole numbers of 4 bytes.
 MOVED_DTYPE = "int32"
 _DTYPES = SUMMED_DTYPES | {MOVED_DTYPE: torch.int32}
+#: what the reduction `ordered` is where all ranks see the same memory; of its own here, beside the one that sends
+SHARED = "shared"
 #: A reduction's buffer is a multiple of so many elements a rank; see `hpctrain.gradients`.
 _ALIGNMENT = 16
 _UNWRITTEN = -1
@@ -116,13 +122,21 @@ def _ring_share(world_size: int) -> float:
 
 
 class AllReduce(Operation):
-    """A sum in place, by one of the reductions of the gradient exchange."""
+    """A sum by one of the reductions of the gradient exchange.
+
+    In place, but for a sum through shared memory: its pieces lie with the ranks that took them, and each rank copies
+    them into a buffer of its own. The copy is timed, so that algorithms end with the same thing.
+    """
 
     in_parts = False
 
     def __init__(self, comm: Communicator, buffer: Tensor, output: Tensor, algorithm: str = "engine") -> None:
-        super().__init__(comm, buffer, output)
-        self._reduction = REDUCTIONS[algorithm](comm, buffer)
+        if algorithm == SHARED:
+            self._reduction: Reduction = _shared_reduction(comm, buffer)
+            super().__init__(comm, self._reduction.buffer, output)
+        else:
+            super().__init__(comm, buffer, buffer)
+            self._reduction = REDUCTIONS[algorithm](comm, buffer)
 
     @staticmethod
     def bus_factor(world_size: int) -> float:
@@ -133,6 +147,8 @@ class AllReduce(Operation):
         return 2 * (world_size - 1)
 
     def refill(self) -> None:
+        self._reduction.begin()
+        self.output.fill_(_UNWRITTEN)
         summand(self.comm.world_size, self.comm.rank, self.buffer.dtype, self.buffer.device).fill(self.buffer)
 
     def most_runs(self) -> int | None:
@@ -145,15 +161,27 @@ class AllReduce(Operation):
         return 1 + int(math.log(torch.finfo(self.buffer.dtype).max / after_first, world_size))
 
     def run(self) -> None:
+        self._reduction.begin()
         self._reduction.start()
         self._reduction.proceed()
         self._reduction.wait()
+        if self.output is not self.buffer:
+            torch.cat(list(self._reduction.parts), out=self.output)
+        self._reduction.end()
 
     def close(self) -> None:
         self._reduction.close()
 
     def expected(self) -> Iterator[tuple[Tensor, Pattern, int]]:
-        yield self.buffer, total(self.comm.world_size, self.buffer.dtype, self.buffer.device), 0
+        yield self.output, total(self.comm.world_size, self.buffer.dtype, self.buffer.device), 0
+
+
+def _shared_reduction(comm: Communicator, like: Tensor) -> Reduction:
+    """The ordered sum in memory that all ranks see. Raises UserError where they see none."""
+    window = comm.open_window(like.nbytes)
+    if window is None:
+        raise UserError(f"the ranks share no memory: {comm.window_refusal}")
+    return SharedReduction(comm, window, window.parts[comm.rank].view(like.dtype), kernels_for(comm.device))
 
 
 class _OutOfPlace(Operation):
@@ -245,7 +273,7 @@ OPERATIONS: dict[str, type[Operation]] = {
 def all_cases(dtypes: Sequence[str]) -> list[Case]:
     """All-reduce by every reduction there is, then the engine's other operations; ``dtypes`` are those of sums."""
     return [
-        *(Case("all_reduce", algorithm, dtype) for dtype in dtypes for algorithm in REDUCTIONS),
+        *(Case("all_reduce", algorithm, dtype) for dtype in dtypes for algorithm in (*REDUCTIONS, SHARED)),
         *(Case("reduce_scatter", "engine", dtype) for dtype in dtypes),
         *(Case(operation, "engine", MOVED_DTYPE) for operation in ("all_gather", "all_to_all", "broadcast")),
     ]

@@ -16,8 +16,8 @@ from hpctrain.bench.comm.sizes import tell
 _GB = 1e9
 #: share of CPU time given to other machines above which figures are not to be trusted
 MAX_STEAL = 0.01
-#: Wide enough for four algorithms; launchers often give their ranks a terminal of 80 columns that is none.
-_MIN_WIDTH = 120
+#: Wide enough for five algorithms; launchers often give their ranks a terminal of 80 columns that is none.
+_MIN_WIDTH = 160
 
 Figures = Mapping[Cell, Samples]
 
