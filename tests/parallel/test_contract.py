@@ -34,6 +34,33 @@ def run_contract(engine: str, launcher: str, size: int) -> Run:
     return launch(launcher, size, command, timeout_s=100)
 
 
+_SPLIT = """
+import os, torch
+from hpctrain.comm import registry
+from hpctrain.errors import UserError
+from hpctrain.topology.ranks import detect
+from tests.parallel.launch import report
+comm = registry.create("horovod", detect(os.environ), torch.device("cpu"), timeout_s=30)
+try:
+    comm.split([0])
+except UserError as error:
+    report(str(error))
+comm.close()
+"""
+
+
+@pytest.mark.timeout(120)
+def test_horovod_that_was_told_to_make_no_groups_says_so() -> None:
+    needs("horovod")
+    env = {"HOROVOD_DYNAMIC_PROCESS_SETS": "0"}
+    run = launch("mpirun", 2, [sys.executable, "-c", _SPLIT], timeout_s=100, env=env)
+    text = (
+        "Horovod makes no groups of its ranks: "
+        "Set HOROVOD_DYNAMIC_PROCESS_SETS=1 to allow adding process sets after Horovod initialization."
+    )
+    assert run.results == {0: text, 1: text}, run.output[-4000:]
+
+
 def _cases() -> Iterator[object]:
     for engine, launcher, size in JOBS:
         for check in CHECKS:

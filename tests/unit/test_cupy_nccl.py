@@ -140,6 +140,20 @@ def test_moves_are_counted_in_bytes_of_any_dtype(
     ]
 
 
+def test_in_a_gather_all_send_and_the_root_receives(
+    comm: cupy_nccl.CupyNcclCommunicator, log: list[tuple[Any, ...]]
+) -> None:
+    output, buffer = torch.zeros(6), torch.ones(3)
+    sent, received = buffer.data_ptr(), output.data_ptr()
+    send = ("send", sent, 12, "NCCL_UINT8", 1, STREAM)
+    receives = [("recv", received + 12 * peer, 12, "NCCL_UINT8", peer, STREAM) for peer in range(2)]
+    for rank, calls in ((0, [send]), (1, [send, *receives])):
+        log.clear()
+        comm.topology = Topology(rank=rank, world_size=2)
+        comm.gather_(output if rank == 1 else None, buffer, root=1)
+        assert log[1:-1] == [("groupStart",), *calls, ("groupEnd",)]
+
+
 def test_empty_buffers_are_not_sent(comm: cupy_nccl.CupyNcclCommunicator, log: list[tuple[Any, ...]]) -> None:
     comm.all_reduce_(torch.zeros(0)).wait()
     assert log == []
