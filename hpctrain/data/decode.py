@@ -11,9 +11,6 @@ import io
 import numpy as np
 from PIL import Image
 
-_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
-_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
-
 #: For each EXIF orientation: whether x and y run backwards, and how the stored picture is turned upright.
 #: From 5 on, the axes are exchanged too.
 _ORIENTATIONS: dict[int, tuple[bool, bool, Image.Transpose | None]] = {
@@ -31,17 +28,6 @@ _ORIENTATIONS: dict[int, tuple[bool, bool, Image.Transpose | None]] = {
 #: Resolution left to the last, exact resize, as a multiple of the output's. On real photographs 2 differs from
 #: no shortcut by at most half a grey level on average over a picture, 1 by up to four.
 REDUCING_GAP = 2
-
-
-def looks_whole(data: bytes) -> bool:
-    """Whether ``data`` begins and ends as a complete JPEG or PNG does.
-
-    A file that was cut off does not; nor does a good one with bytes behind its end, which ``fault_of`` then
-    tells apart.
-    """
-    if data.startswith(_JPEG_START):
-        return data.endswith(_JPEG_END)
-    return data.startswith(_PNG_START) and data.endswith(_PNG_END)
 
 
 def fault_of(data: bytes, record: np.void) -> str | None:

@@ -7,27 +7,36 @@ here (``hpctrain.data.decode`` judges).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from hpctrain.config.schema import DataConfig
-from hpctrain.data.decode import fault_of, looks_whole
+from hpctrain.data.decode import fault_of
 from hpctrain.data.index import Index
 from hpctrain.data.reader import SampleReader
+from hpctrain.data.soundness import is_sound
 from hpctrain.errors import UserError
+
+#: Tries a file that Pillow decodes, by sample id, with the loader's own decoder; says what fault that finds.
+Trial = Callable[[int, bytes], str | None]
 
 
 class GuardedReader:
-    """The files of one index, each known to be whole, with stand-ins for those that are not.
+    """The files of one index, each sound or tried, with stand-ins for those that are of no use.
 
     ``faults`` has each sample found unusable, ``corrupt`` a line that names it, in the order they came. Two
     threads may use it.
     """
 
-    def __init__(self, config: DataConfig, index: Index) -> None:
+    def __init__(self, config: DataConfig, index: Index, trial: Trial | None = None) -> None:
         self.corrupt: list[str] = []
         self._config = config
         self._index = index
         self._reader = SampleReader(index)
+        self._trial = trial
+        #: a byte a sample, 1 from when its file was found sound or passed its trial
+        self._usable = bytearray(len(index))
         #: sample id -> what is wrong with it
         self.faults: dict[int, str] = {}
         self._judged_good: set[int] = set()
@@ -35,13 +44,14 @@ class GuardedReader:
     def fetch(self, sample_ids: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
         """Ids [n] int64 with stand-ins in place, and their files.
 
-        A file that does not end as its format does is decoded as a whole by Pillow, once, whatever part of it
-        the loader will look at. Raises UserError when too many are corrupt, MachineError when one cannot be read.
+        A file is looked at the first time it is met. One that is not plainly sound is decoded as a whole by Pillow,
+        whatever part of it the loader will look at, and then by the loader's trial. Raises UserError when too
+        many are corrupt, MachineError when one cannot be read.
         """
         ids = self._with_stand_ins(sample_ids)
         files = self._reader.read(ids)
         for position, data in enumerate(files):
-            while not looks_whole(data) and self.judge(int(ids[position]), data):
+            while not self._is_usable(int(ids[position]), data):
                 ids[position : position + 1] = self._with_stand_ins(ids[position : position + 1])
                 data = files[position] = self._reader.read(ids[position : position + 1])[0]
         return ids, files
@@ -77,6 +87,19 @@ class GuardedReader:
     def close(self) -> None:
         """Close all files."""
         self._reader.close()
+
+    def _is_usable(self, sample_id: int, data: bytes) -> bool:
+        if self._usable[sample_id]:
+            return True
+        if not is_sound(data, self._index.samples[sample_id]):
+            if self.judge(sample_id, data):
+                return False
+            fault = self._trial(sample_id, data) if self._trial else None
+            if fault is not None:
+                self.report(sample_id, fault)
+                return False
+        self._usable[sample_id] = 1
+        return True
 
     def _with_stand_ins(self, sample_ids: np.ndarray) -> np.ndarray:
         ids = sample_ids.copy()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import io
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from PIL import Image, ImageOps
 
 from hpctrain.config.schema import DataConfig
 from hpctrain.data.dali_loader import DaliLoader
+from hpctrain.data.dali_trial import DaliTrial
 from hpctrain.data.index import Index
 from hpctrain.data.pillow_loader import PillowLoader
 from hpctrain.data.types import Batch, Mode, Request
@@ -186,6 +190,27 @@ def test_a_cut_off_file_is_found_even_where_its_window_is_whole(broken_set: tupl
     assert [line.split(":")[0] for line in loader.corrupt] == [index.shards[5]]
 
 
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("batch", [4, 64])
+def test_no_fault_of_a_file_ends_the_process(batch: int, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "tests.unit.broken_batches", str(tmp_path), str(batch)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["named"] == answer["broken"]
+
+
+def test_a_good_file_of_rare_make_is_shown(tmp_path: Path) -> None:
+    files = [encoded(picture(64, 48, seed)) for seed in range(48)]
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "rare").mkdir()
+    plain = index_of(tmp_path / "plain", files)
+    rare = index_of(tmp_path / "rare", [data + b"more" if n % 7 == 0 else data for n, data in enumerate(files)])
+    loader, requests = loader_of(rare, 48), requests_of(plain, 48)
+    assert_same(kept(loader_of(plain, 48).load(requests)), kept(loader.load(requests)))
+    assert loader.corrupt == []
+
+
 def test_too_many_corrupt_samples_end_the_run(broken_set: tuple[Index, Index]) -> None:
     index = broken_set[1]
     loader = loader_of(index, max_corrupt_share=0.1, path="some/set")
@@ -206,13 +231,23 @@ def test_errors_met_while_reading_ahead_come_as_they_are(broken_set: tuple[Index
     assert len(kept(loader.load(requests_of(whole)[:2]))) == 2, "the loader itself is still of use"
 
 
-def test_what_only_dali_refuses_is_found_by_trying(broken_set: tuple[Index, Index], monkeypatch: Any) -> None:
+@pytest.mark.parametrize("sound", [False, True], ids=["in doubt", "met in a run"])
+def test_what_only_dali_refuses_is_found_by_trying(
+    broken_set: tuple[Index, Index], sound: bool, monkeypatch: Any
+) -> None:
     loader = loader_of(broken_set[1].select(np.array([16, 17, 18, 19])), max_corrupt_share=0.3)
     monkeypatch.setattr("hpctrain.data.standins.fault_of", lambda data, record: None)
-    monkeypatch.setattr("hpctrain.data.standins.looks_whole", lambda data: True)
+    monkeypatch.setattr("hpctrain.data.standins.is_sound", lambda data, record: sound)
     (batch,) = kept(loader.load([Request(np.arange(4), 0, 4, "train")]))
     assert [line.split(": ")[1] for line in loader.corrupt] == ["DALI cannot decode it, though Pillow can"]
     assert torch.equal(batch.images[1], batch.images[2])
+
+
+def test_each_trial_is_of_the_file_it_is_given(broken_set: tuple[Index, Index]) -> None:
+    index = broken_set[1]
+    trial = DaliTrial(DataConfig(image_size=32), index, CPU)
+    faults = [trial(sample, Path(index.shards[sample]).read_bytes()) is not None for sample in range(len(index))]
+    assert [sample for sample, fault in enumerate(faults) if fault] == [5, 6, 17]
 
 
 def test_a_failure_that_is_no_samples_fault_ends_the_run(tmp_path: Path, monkeypatch: Any) -> None:
