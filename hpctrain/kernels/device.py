@@ -21,7 +21,7 @@ from hpctrain.kernels.tables import Table, Tables, consecutive, cut_into_chunks
 
 _KINDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 #: Contracting a multiplication and an addition would give other bits than the host's kernels.
-OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS: dict[str, Any] = {"num_warps": fused.THREADS.value // 32, "enable_fp_fusion": False}
 
 
 class DeviceKernels:

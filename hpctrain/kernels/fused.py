@@ -12,6 +12,8 @@ import triton.language as tl
 
 #: Elements that a program handles in one turn of its loop, 8 a thread.
 BLOCK = tl.constexpr(1024)
+#: Of one program: four warps.
+THREADS = tl.constexpr(128)
 #: Rows that one program adds up at once: 8 loads of 16 bytes under way in each thread. More would not fit registers.
 ROWS_AT_ONCE = 8
 INF = tl.constexpr(float("inf"))
@@ -189,21 +191,29 @@ def finish_widen(partial, partials, found):
 
 
 @triton.jit
-def _row(addresses, row, rows, first, left, KIND: tl.constexpr, VECTORS: tl.constexpr):
-    """``left`` elements of a row in float32; -0.0, which changes nothing it is added to, where there is no such row."""
+def _row(addresses, row, rows, lane, end, KIND: tl.constexpr, VECTORS: tl.constexpr):
+    """Elements ``lane`` below ``end`` in float32; -0.0, which changes no sum, where there is no such row."""
     address = tl.load(addresses + tl.minimum(row, rows - 1))
     pointer = _vector_pointer(address, KIND) if VECTORS else _pointer(address, KIND)
-    lane = tl.arange(0, BLOCK)
-    return tl.load(pointer + first + lane, mask=lane < tl.where(row < rows, left, 0), other=-0.0).to(tl.float32)
+    return tl.load(pointer + lane, mask=lane < tl.where(row < rows, end, 0), other=-0.0).to(tl.float32)
 
 
 @triton.jit
-def _tree(addresses, row, rows, first, left, AT_ONCE: tl.constexpr, KIND: tl.constexpr, VECTORS: tl.constexpr):
+def _tree(addresses, row, rows, lane, end, AT_ONCE: tl.constexpr, KIND: tl.constexpr, VECTORS: tl.constexpr):
     if AT_ONCE == 1:
-        return _row(addresses, row, rows, first, left, KIND, VECTORS)
+        return _row(addresses, row, rows, lane, end, KIND, VECTORS)
     else:
-        lower = _tree(addresses, row, rows, first, left, AT_ONCE // 2, KIND, VECTORS)
-        return lower + _tree(addresses, row + AT_ONCE // 2, rows, first, left, AT_ONCE // 2, KIND, VECTORS)
+        lower = _tree(addresses, row, rows, lane, end, AT_ONCE // 2, KIND, VECTORS)
+        return lower + _tree(addresses, row + AT_ONCE // 2, rows, lane, end, AT_ONCE // 2, KIND, VECTORS)
+
+
+@triton.jit
+def _sum_singly(addresses, target, first, length, row, rows, AT_ONCE: tl.constexpr, KIND: tl.constexpr):
+    """One element a thread at a time: eight rows of more would not fit the registers."""
+    for start in range(first, tl.minimum(first + BLOCK, length), THREADS):
+        lane = start + tl.arange(0, THREADS)
+        whole = _tree(addresses, row, rows, lane, length, AT_ONCE, KIND, False)
+        tl.store(target + lane, whole.to(target.dtype.element_ty), mask=lane < length)
 
 
 @triton.jit
@@ -213,12 +223,14 @@ def sum_rows(addresses, out, length, rows, AT_ONCE: tl.constexpr, KIND: tl.const
     ``VECTORS``: every row, of ``out`` too, starts at a multiple of 16 bytes.
     """
     first, group = tl.program_id(0) * BLOCK, tl.program_id(1)
-    lane = tl.arange(0, BLOCK)
-    target = out + group.to(tl.int64) * (length // 8 * 8 if VECTORS else length) + first
+    target = out + group.to(tl.int64) * (length // 8 * 8 if VECTORS else length)
     row = group * AT_ONCE
-    if first + BLOCK <= length:
-        whole = _tree(addresses, row, rows, first, BLOCK, AT_ONCE, KIND, VECTORS)
-        tl.store(target + lane, whole.to(out.dtype.element_ty))
+    if VECTORS:
+        if first + BLOCK <= length:
+            lane = first + tl.arange(0, BLOCK)
+            whole = _tree(addresses, row, rows, lane, first + BLOCK, AT_ONCE, KIND, True)
+            tl.store(target + lane, whole.to(out.dtype.element_ty))
+        else:
+            _sum_singly(addresses, target, first, length, row, rows, AT_ONCE, KIND)
     else:
-        rest = _tree(addresses, row, rows, first, length - first, AT_ONCE, KIND, VECTORS)
-        tl.store(target + lane, rest.to(out.dtype.element_ty), mask=lane < length - first)
+        _sum_singly(addresses, target, first, length, row, rows, AT_ONCE, KIND)
