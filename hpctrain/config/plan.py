@@ -6,11 +6,12 @@ first step. A request whose numbers cannot work is refused here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hpctrain.config.schema import Config
+from hpctrain.config.schema import Config, GradientsConfig
 from hpctrain.errors import UserError
 from hpctrain.schedules import Schedule
 
@@ -126,6 +127,7 @@ def make_plan(
     batch_global = config.train.batch_per_worker * world_size * config.train.accumulation
     faults = [
         *_worker_faults(config, world_size),
+        *_grid_faults(config.gradients, world_size),
         *_batch_faults(config, world_size, train_samples),
         *_data_faults(config, val_samples, num_classes),
     ]
@@ -180,6 +182,22 @@ def _worker_faults(config: Config, world_size: int) -> Iterator[str]:
         yield (
             f"parallel.virtual_workers is {virtual}, but this job has {world_size} ranks and a worker takes a rank of "
             f"its own: start {virtual} ranks, or leave the key out and set train.accumulation for a larger batch."
+        )
+
+
+def _grid_faults(gradients: GradientsConfig, world_size: int) -> Iterator[str]:
+    if gradients.grid is None:
+        return
+    if gradients.reduction != "grid":
+        yield (
+            f"gradients.grid is for gradients.reduction=grid, but that is {gradients.reduction}: "
+            "set it to grid, or leave gradients.grid out."
+        )
+    elif math.prod(gradients.grid) != world_size:
+        length, rows = gradients.grid
+        yield (
+            f"A grid of {rows} rows of {length} does not cover {world_size} ranks: "
+            f"set gradients.grid to two numbers whose product is {world_size}, or leave it out."
         )
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from hpctrain.config.comm import CommConfig
 from hpctrain.config.section import (
+    Counts,
     Epochs,
     Fraction,
     NonNegativeFloat,
@@ -224,6 +225,8 @@ class GradientsConfig(Section):
     reduction: Literal["auto", "engine", "ordered", "grid", "central"] = "auto"
     """auto: the fastest where the run is; engine: its own all-reduce; ordered: pairwise tree over worker numbers, the
     same bits on every engine; grid: along nodes, then across; central: a parameter server, as a baseline"""
+    grid: Counts | None = None
+    """ranks in a row, and rows, of reduction grid; by default a row is a node, or the grid is nearly square"""
     bucket_mib: PositiveFloat = 16.0
     """size of a bucket, in MiB of fp32 gradients"""
     last_bucket_mib: PositiveFloat = 1.0

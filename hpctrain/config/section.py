@@ -44,6 +44,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 # Not strict about the sequence (YAML has lists where Python has tuples), strict about its elements.
 Pair = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
+Counts = Annotated[tuple[Positive, Positive], Strict(False)]
 PerChannel = Annotated[tuple[float, float, float], Strict(False)]
 PositivePerChannel = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Strict(False)]
 Epochs = Annotated[tuple[PositiveFloat, ...], Strict(False)]

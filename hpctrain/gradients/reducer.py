@@ -42,9 +42,9 @@ class GradientExchange:
     rank or on all, take part with zeros. With one rank nothing is copied. Parameters may be frozen or released
     between steps, on all ranks alike: the next step is planned anew.
 
-    A narrow ``compression`` may overflow: each step then ends with a verdict, which ``judge`` asks for in any case.
-    Raises UserError when reduction or compression is not known, when the engine cannot sum the wire's type, or when
-    ranks hold different models.
+    ``grid`` is the length and number of the rows of ``reduction="grid"``. A narrow ``compression`` may overflow: each
+    step then ends with a verdict, which ``judge`` asks for in any case. Raises UserError when reduction or compression
+    is not known, when the engine cannot sum the wire's type, or when ranks hold different models.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class GradientExchange:
         compression: str = "none",
         bucket_bytes: int = 16 << 20,
         last_bucket_bytes: int = LAST_BUCKET_BYTES,
+        grid: tuple[int, int] | None = None,
         judge: bool = False,
     ) -> None:
         self._comm = comm
@@ -63,7 +64,7 @@ class GradientExchange:
         self._wire, self._wire_dtype = find("compression", WIRES, compression)
         self._judges = judge or self._wire_dtype is not None
         self._kernels = kernels_for(comm.device)
-        self.transport = Transport(comm, reduction, self._wire_dtype or torch.float32, self._kernels)
+        self.transport = Transport(comm, reduction, self._wire_dtype or torch.float32, self._kernels, grid)
         self._jury = Jury(comm, share=self.transport.shares_memory) if self._judges else None
         self._bucket_bytes, self._last_bucket_bytes = bucket_bytes, last_bucket_bytes
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []

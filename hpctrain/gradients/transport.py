@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.comm.base import Communicator, Window
+from hpctrain.gradients.grid import GridReduction, Shape
 from hpctrain.gradients.ordered import SUMMED_BY_KERNELS, OrderedReduction
 from hpctrain.gradients.reduction import Reduction
 from hpctrain.gradients.registry import REDUCTIONS, find
@@ -24,9 +25,12 @@ class Transport:
     engine cannot sum ``dtype``.
     """
 
-    def __init__(self, comm: Communicator, requested: str, dtype: torch.dtype, kernels: Kernels) -> None:
+    def __init__(
+        self, comm: Communicator, requested: str, dtype: torch.dtype, kernels: Kernels, grid: Shape | None = None
+    ) -> None:
         self._comm = comm
         self._kernels = kernels
+        self._grid = grid
         self._windows: dict[int, Window] = {}
         self.name, self.reason = requested, "asked for"
         self.shares_memory = False
@@ -36,7 +40,7 @@ class Transport:
         if requested == "auto":
             self.name, self.reason = self._pick(alone, dtype)
         self._kind = find("reduction", REDUCTIONS, self.name)
-        if self.name == "engine" and not alone:
+        if self.name in ("engine", "grid") and not alone:
             # An engine that cannot sum this type says so now, not in the first step.
             comm.all_reduce_(torch.zeros(comm.world_size, dtype=dtype, device=comm.device)).wait()
 
@@ -77,4 +81,6 @@ class Transport:
             return SharedReduction(self._comm, window, buffer, self._kernels)
         if self._kind is OrderedReduction:
             return OrderedReduction(self._comm, buffer, scratch)
+        if self._kind is GridReduction:
+            return GridReduction(self._comm, buffer, scratch, shape=self._grid)
         return self._kind(self._comm, buffer)

@@ -95,6 +95,7 @@ def build_parts(config: Config, plan: Plan, session: Session) -> Parts:
             reduction=config.gradients.reduction,
             compression=config.gradients.compression,
             bucket_bytes=round(config.gradients.bucket_mib * _MIB),
+            grid=config.gradients.grid,
             last_bucket_bytes=round(config.gradients.last_bucket_mib * _MIB),
             judge=config.train.precision == "fp16" or config.gradients.clip_norm is not None,
         ),

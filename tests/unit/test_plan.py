@@ -153,6 +153,18 @@ def test_the_model_gets_the_larger_number_of_classes() -> None:
             {},
             "data.num_classes is 9, but the data set has 10 classes: set it to 10, or leave it out.",
         ),
+        (
+            {"gradients": {"grid": [2, 3], "reduction": "grid"}},
+            {"world_size": 8},
+            "A grid of 3 rows of 2 does not cover 8 ranks: "
+            "set gradients.grid to two numbers whose product is 8, or leave it out.",
+        ),
+        (
+            {"gradients": {"grid": [2, 4]}},
+            {"world_size": 8},
+            "gradients.grid is for gradients.reduction=grid, but that is auto: "
+            "set it to grid, or leave gradients.grid out.",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_remedy(
