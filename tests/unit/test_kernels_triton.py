@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ CONVERSIONS = {"fp16": "cvt.rn.f16x2.f32", "bf16": "cvt.rn.bf16x2.f32"}
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     """Failures by check, from one process: the interpreter is chosen for a process as a whole."""
+    if metadata.version("triton").startswith("3.6."):
+        pytest.skip("the interpreter of Triton 3.6 does not run on this numpy")
     command = [sys.executable, "-m", "tests.unit.interpreted_kernels"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
