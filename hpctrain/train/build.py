@@ -20,8 +20,8 @@ from hpctrain.data.index import Index
 from hpctrain.data.loaders import choose, make_loader
 from hpctrain.data.sampler import EpochOrder
 from hpctrain.data.types import Batch, Loader
+from hpctrain.gradients.build import build_exchange
 from hpctrain.gradients.loss_scale import LossScale
-from hpctrain.gradients.reducer import GradientExchange
 from hpctrain.gradients.replicas import broadcast_state
 from hpctrain.metrics.clock import PhaseClock
 from hpctrain.models.registry import build_model
@@ -32,8 +32,6 @@ from hpctrain.train.evaluate import evaluate
 from hpctrain.train.parts import Parts
 from hpctrain.train.session import Session
 from hpctrain.train.state import Evaluation, Progress
-
-_MIB = 1 << 20
 
 
 def open_data(comm: Communicator, config: Config) -> Dataset:
@@ -89,16 +87,7 @@ def build_parts(config: Config, plan: Plan, session: Session) -> Parts:
         model=model,
         criterion=nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing),
         optimizer=build_optimizer(config.optimizer, model),
-        exchange=GradientExchange(
-            model,
-            comm,
-            reduction=config.gradients.reduction,
-            compression=config.gradients.compression,
-            bucket_bytes=round(config.gradients.bucket_mib * _MIB),
-            grid=config.gradients.grid,
-            last_bucket_bytes=round(config.gradients.last_bucket_mib * _MIB),
-            judge=config.train.precision == "fp16" or config.gradients.clip_norm is not None,
-        ),
+        exchange=build_exchange(model, comm, config.gradients, judge=config.train.precision == "fp16"),
         loss_scale=LossScale() if config.train.precision == "fp16" else None,
         ema=Ema(model, config.train.ema_decay) if config.train.ema_decay else None,
         clock=PhaseClock(comm.device, session.watch.beat),

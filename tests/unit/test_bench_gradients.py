@@ -251,7 +251,7 @@ def test_the_record_the_table_and_the_sentence(capsys: pytest.CaptureFixture[str
     }
     assert record["variants"]["ddp"]["fp16"]["how"] == "somehow"
     assert record["sentence"] == (
-        "hpctrain over torch.distributed exchanges the 4 gradients of dense (0.6 M) between 2 ranks on cpu in "
+        "hpctrain over torch.distributed exchanges the 4 gradients of dense (0.6 M) on 2 ranks (cpu) in "
         "2000.0 ms in fp16, where the others take times as long: DDP 1.50 (1.50 to 1.50); in 2000.0 ms in fp32; "
         "mpi4py_naive was not measured: mpi4py is not installed."
     )

@@ -17,6 +17,8 @@ from hpctrain.config.schema import Config
 from hpctrain.errors import UserError
 
 _POLL_S = 0.2
+#: how long processes may take to end, each time they are told
+_FAREWELL_S = 5.0
 
 
 class Company:
@@ -61,10 +63,20 @@ class Company:
                 self.crews[crew.group.name], self.told[crew.group.name] = crew, told
 
     def end(self) -> None:
+        """End all processes: in order, then by the system's signal, then by force."""
         for crew in self._started:
-            crew.begin_to_leave()
+            crew.leave()
+        staying = _still_there(self._started)
+        for crew in staying:
+            crew.terminate()
+        _still_there(staying)
         for crew in self._started:
-            crew.end()
+            crew.kill()
+
+
+def _still_there(crews: Sequence[Crew]) -> list[Crew]:
+    deadline = time.monotonic() + _FAREWELL_S
+    return [crew for crew in crews if not crew.has_ended(deadline)]
 
 
 @contextmanager

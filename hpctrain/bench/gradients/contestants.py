@@ -20,11 +20,9 @@ from hpctrain.bench.gradients.groups import Group, group_named
 from hpctrain.comm import horovod_engine, horovod_settings, mpi_engine, registry, torch_engine
 from hpctrain.comm.base import Communicator
 from hpctrain.config.schema import Config, GradientsConfig
-from hpctrain.gradients.reducer import GradientExchange
+from hpctrain.gradients.build import build_exchange
 from hpctrain.topology.ranks import Topology
 from hpctrain.train.session import choose_device, keep_freed_memory
-
-_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,7 @@ class Place:
     world: World
 
     def enter(self, delivery: Delivery, name: str, gradients: Mapping[str, Any]) -> Contestant:
-        # Not validated anew: it comes from a configuration that was.
-        return self.world.enter(delivery, name, GradientsConfig.model_construct(**gradients))
+        return self.world.enter(delivery, name, GradientsConfig.model_validate(gradients))
 
     def synchronise(self) -> None:
         synchronise(self.device)
@@ -115,14 +112,7 @@ def _open_ours(group: Group, topology: Topology, device: torch.device, limit_s: 
     comm = registry.create(group.engine, topology, device, limit_s)
 
     def enter(delivery: Delivery, name: str, gradients: GradientsConfig) -> Contestant:
-        exchange = GradientExchange(
-            delivery,
-            comm,
-            reduction=gradients.reduction,
-            compression=gradients.compression,
-            bucket_bytes=round(gradients.bucket_mib * _MIB),
-            last_bucket_bytes=round(gradients.last_bucket_mib * _MIB),
-        )
+        exchange = build_exchange(delivery, comm, gradients)
         transport = exchange.transport
 
         def finish(loss: Tensor) -> None:

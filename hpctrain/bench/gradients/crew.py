@@ -19,8 +19,6 @@ from hpctrain.bench.gradients.groups import Group
 from hpctrain.bench.gradients.line import BEAT, Call, Message, wait_readable
 from hpctrain.errors import MachineError, UserError
 
-#: how long processes may take to end by themselves, and after they were told to
-_FAREWELL_S = 5.0
 #: how long the ranks beside one that failed may take to say the same
 _GRACE_S = 5.0
 _POLL_S = 0.2
@@ -105,36 +103,38 @@ class Crew:
                         answers[rank] = message
         return answers
 
-    def begin_to_leave(self) -> None:
-        """Wake the ranks and tell them to end, unless they owe answers: those will not listen."""
+    def leave(self) -> None:
+        """Tell the ranks to end. Those that are still starting, or owe answers and will not listen, are terminated."""
         self._wake()
-        if not self._owes_answers:
-            for call in self._calls.values():
-                call.send({"do": "leave"})
-
-    def end(self) -> None:
-        """Wait for the end of every process, which is forced when it does not come."""
-        if self._owes_answers or not self._all_ended(_FAREWELL_S):
-            for process in self._launched.processes:
-                # mpirun ends its ranks, and clears away what it keeps on disk.
-                process.terminate()
-            self._all_ended(_FAREWELL_S)
-        self._each(psutil.Process.kill)
-        for process in self._launched.processes:
-            process.kill()
-            process.wait()
-        psutil.wait_procs(self._members, timeout=_FAREWELL_S)
+        if self._owes_answers or not self.is_complete:
+            self.terminate()
+            return
         for call in self._calls.values():
-            call.close()
+            call.send({"do": "leave"})
 
-    def _all_ended(self, limit_s: float) -> bool:
-        deadline = time.monotonic() + limit_s
+    def terminate(self) -> None:
+        """Ask the system to end the group; mpirun ends its ranks, and clears away what it keeps on disk."""
+        for process in self._launched.processes:
+            process.terminate()
+
+    def has_ended(self, deadline: float) -> bool:
+        """Whether the group's processes have ended by the ``deadline`` of the host's clock."""
         try:
             for process in self._launched.processes:
                 process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             return False
         return True
+
+    def kill(self) -> None:
+        """End what is left of the group, and wait until it is gone."""
+        self._each(psutil.Process.kill)
+        for process in self._launched.processes:
+            process.kill()
+            process.wait()
+        psutil.wait_procs(self._members, timeout=_GRACE_S)
+        for call in self._calls.values():
+            call.close()
 
     def _each(self, act: Callable[[psutil.Process], None]) -> None:
         for member in self._members:

@@ -97,7 +97,7 @@ def sentence(record: Mapping[str, Any]) -> str:
         clauses.append(took + (f", where the others take times as long: {', '.join(longer)}" if longer else ""))
     words = (
         f"{_SPOKEN[record['ours']]} exchanges the {settings['tensors']} gradients of {settings['model']['name']} "
-        f"({settings['elements'] / 1e6:.1f} M) between {settings['ranks']} ranks on {settings['device']} "
+        f"({settings['elements'] / 1e6:.1f} M) on {settings['ranks']} ranks ({settings['device']}) "
     )
     absent = [f"{name} was not measured: {why}" for name, why in record["unavailable"].items()]
     return "; ".join([words + "; ".join(clauses), *absent]) + "."
