@@ -239,14 +239,14 @@ def bench_comm(
 def bench_gradients(
     config: Annotated[
         Path | None,
-        typer.Argument(help="YAML recipe; of it model, data.image_size, gradients and comm count [default: none]"),
+        typer.Argument(help="YAML recipe; of it model, data.image_size, gradients and comm count"),
     ] = None,
     overrides: Overrides = None,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="NAME", help="net whose tensors count [default: resnet50]")
+        str | None, typer.Option("--model", metavar="NAME", help="net whose tensors count; without CONFIG resnet50")
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="processes of each competitor, all on this host [default: 2]")
+        int | None, typer.Option(min=1, help="processes of each competitor on this host; 2, or a launcher's")
     ] = None,
     json_file: JsonFile = None,
     rounds: Rounds = 12,
