@@ -150,8 +150,11 @@ def test_too_many_corrupt_pictures(loader: str, config: Path, spoilt: tuple[Path
     done = command(*train_argv(ALONE, config, tmp_path / "run", *sets))
     assert done.code == 2
     (sentence,) = done.err.splitlines()
-    assert sentence.startswith(
-        "hpctrain: 2 of 1438 samples (0.14%) cannot be decoded, more than data.max_corrupt_share = 0.10% allows"
+    # Of the part that is read, or of both when the log counts them before the batch is due that the loader stops at.
+    assert re.match(
+        r"hpctrain: 2 of (1438 samples \(0\.14%\)|1797 samples \(0\.11%\)) cannot be decoded, "
+        r"more than data\.max_corrupt_share = 0\.10% allows",
+        sentence,
     )
     assert any(name in sentence for name in names)
     assert sentence.endswith(f"run `hpctrain data verify {folder}` to list them all")
