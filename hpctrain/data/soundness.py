@@ -131,9 +131,10 @@ def _exif_orientation(block: bytes) -> int:
         elif tag in _FRACTIONS:
             followed &= value + 8 * _FRACTIONS[tag] <= len(block)
         elif tag == _ORIENTATION:
-            _demand(orientation is None)
             # Two bytes of the four, whatever type is stated.
-            orientation = value & 0xFFFF if order == "<" else value >> 16
+            stated = value & 0xFFFF if order == "<" else value >> 16
+            _demand(orientation in (None, stated))
+            orientation = stated
     shown = orientation if orientation is not None and 1 <= orientation <= 8 else 1
     _demand(followed or shown == 1)  # who gives up takes the picture as upright
     return shown

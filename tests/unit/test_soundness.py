@@ -173,6 +173,13 @@ def test_exif_data_that_readers_may_give_up_are_in_doubt(tag: int) -> None:
     assert is_sound(beyond, record_of()), "upright for those who give up, too"
 
 
+@pytest.mark.parametrize(("second", "sound"), [(6, True), (1, False), (8, False)])
+def test_an_orientation_stated_twice(second: int, sound: bool) -> None:
+    entries = [struct.pack(">HHIHH", ORIENTATION, 3, 1, value, 0) for value in (6, second)]
+    block = b"MM\0*" + struct.pack(">IH", 8, 2) + b"".join(entries) + bytes(4)
+    assert is_sound(saved(PHOTO, exif=b"Exif\0\0" + block), record_of(48, 64, 6)) is sound
+
+
 def test_exif_of_no_known_order_or_with_entries_cut_off_is_in_doubt() -> None:
     data = with_exif(1)
     assert is_sound(data, record_of())
