@@ -27,38 +27,33 @@ class SharedReduction(Reduction):
         rows = [part.view(buffer.dtype)[: buffer.numel()].view(comm.world_size, -1) for part in window.parts]
         self._summands = [row[comm.rank] for row in rows]
         self._sums = [row[rank] for rank, row in enumerate(rows)]
-        self._posts = 0
         self._is_summed = False
 
     def begin(self) -> None:
         # The peers may still be reading the sum of the step before.
-        self._window.wait(self._posts)
+        self._window.wait(self._window.posted)
 
     def start(self) -> None:
         self._is_summed = False
-        self._post()
+        self._window.post()
 
     def poll(self) -> None:
-        if not self._is_summed and self._window.reached(self._posts):
+        if not self._is_summed and self._window.reached(self._window.posted):
             self.proceed()
 
     def proceed(self) -> None:
         if self._is_summed:
             return
-        self._window.wait(self._posts)
+        self._window.wait(self._window.posted)
         self._kernels.sum_rows(self._summands, self._summands[self.comm.rank])
         self._is_summed = True
-        self._post()
+        self._window.post()
 
     def wait(self) -> None:
-        self._window.wait(self._posts)
+        self._window.wait(self._window.posted)
 
     def end(self) -> None:
-        self._post()
-
-    def _post(self) -> None:
         self._window.post()
-        self._posts += 1
 
     @property
     def parts(self) -> Sequence[Tensor]:

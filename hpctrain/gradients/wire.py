@@ -87,9 +87,12 @@ class NarrowWire(Wire):
 
     def encode(self, pieces: Sequence[Piece], unit: float, counted: Tensor | None) -> None:
         scale = self._scale_for(unit)
-        self.kernels.narrow(pieces, self.buffer, scale)
+        self._narrow(pieces, scale)
         if counted is not None:
             counted += self.kernels.count(pieces, self.buffer, scale)
+
+    def _narrow(self, pieces: Sequence[Piece], scale: float) -> None:
+        self.kernels.narrow(pieces, self.buffer, scale)
 
     def _scale_for(self, unit: float) -> float:
         """The factor on values that are yet to be multiplied by ``unit``; ``decode`` undoes it."""
@@ -119,10 +122,10 @@ class FeedbackWire(NarrowWire):
 
     def encode(self, pieces: Sequence[Piece], unit: float, counted: Tensor | None) -> None:
         assert unit == 1.0, "residuals are kept in units of the bucket"
-        scale = self._scale_for(unit)
+        super().encode(pieces, unit, counted)
+
+    def _narrow(self, pieces: Sequence[Piece], scale: float) -> None:
         self.kernels.narrow_with_feedback(pieces, self.residual, self.buffer, scale)
-        if counted is not None:
-            counted += self.kernels.count(pieces, self.buffer, scale)
 
 
 def figures_of(tensors: Sequence[Tensor]) -> Tensor:
