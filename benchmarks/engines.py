@@ -7,13 +7,13 @@ Exits 1 when an engine that is here breaks the contract, or when none is.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.ranks import launcher_of, missing_launcher, parser, run
+from hpctrain.bench.command import write_result
 from hpctrain.doctor import examine
 from hpctrain.metrics.provenance import Provenance
 
@@ -74,8 +74,7 @@ def main() -> int:
         "jobs": [asdict(job) for job in jobs],
         "provenance": provenance.to_record(),
     }
-    if asked.json:
-        asked.json.write_text(json.dumps(record, indent=2) + "\n")
+    write_result(asked.json, record)
     return 0 if passed else 1
 
 

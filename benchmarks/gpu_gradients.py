@@ -12,7 +12,6 @@ time to launch them does not show. ``wall_us`` is a call with the host's time, e
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import sys
@@ -26,6 +25,7 @@ import torch
 from benchmarks.ranks import parser
 from hpctrain.arena import ALIGNMENT_BYTES
 from hpctrain.bench.blocks import Spread, synchronise
+from hpctrain.bench.command import write_result
 from hpctrain.config.schema import ResNetConfig
 from hpctrain.kernels.base import Kernels, Piece
 from hpctrain.kernels.registry import kernels_for
@@ -207,8 +207,7 @@ def main() -> int:
         "provenance": provenance.to_record(),
     }
     print(record["sentence"])
-    if asked.json:
-        asked.json.write_text(json.dumps(record, indent=2) + "\n")
+    write_result(asked.json, record)
     return 0 if passed else 1
 
 

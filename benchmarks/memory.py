@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.pictures import make_pictures
 from benchmarks.ranks import hpctrain, parser
+from hpctrain.bench.command import write_result
 
 _MIB = 1 << 20
 _EVERY = 5
@@ -82,8 +83,7 @@ def main() -> int:
             return 1
         record = describe(Path(name) / "run")
     print(record["sentence"])
-    if asked.json:
-        asked.json.write_text(json.dumps(record, indent=2) + "\n")
+    write_result(asked.json, record)
     return 0
 
 

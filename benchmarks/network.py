@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.bench.blocks import Spread
+from hpctrain.bench.command import write_result
 from hpctrain.bench.gradients.groups import GROUPS, OURS, group_named
 from hpctrain.bench.gradients.measure import TOLERANCE
 from hpctrain.metrics.provenance import Provenance
@@ -212,8 +213,7 @@ def main() -> int:
     print_rows(rows)
     for name, reason in bench.absent.items():
         print(f"{name} was not measured: {reason}")
-    if asked.json:
-        asked.json.write_text(json.dumps(record, indent=2) + "\n")
+    write_result(asked.json, record)
     return 0
 
 

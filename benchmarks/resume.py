@@ -8,7 +8,6 @@ asked for deterministic algorithms. Where the first two differ, the third may di
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ import torch
 
 from benchmarks.pictures import make_pictures
 from benchmarks.ranks import hpctrain, parser
+from hpctrain.bench.command import write_result
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.train.checkpoint import list_checkpoints, load_checkpoint
 
@@ -79,8 +79,7 @@ def main() -> int:
         "provenance": provenance.to_record(),
     }
     print(record["sentence"])
-    if asked.json:
-        asked.json.write_text(json.dumps(record, indent=2) + "\n")
+    write_result(asked.json, record)
     return 0 if passed else 1
 
 
