@@ -19,6 +19,10 @@ from hpctrain.comm.process import end_process
 from hpctrain.comm.side_channel import Heartbeat, LastWords, SideChannel, within
 
 _POLL_S = 1.0
+#: how far apart two readings of the heartbeats are that may call a process dead, and how long the keeper of the
+#: side channel may be quiet before it is: a busy machine makes a thread miss a poll or two
+_EVIDENCE_S = 2 * _POLL_S
+_SILENCE_S = 3 * _POLL_S
 #: how long a failing rank lets the others read why, and how long they look before they call an error their own
 LINGER_S = 3.0
 _FAREWELL_S = 0.3
@@ -34,7 +38,7 @@ class Watch:
         self._mark: tuple[int, str] = (0, PHASES[0])
         self._first_step: int | None = None
         self._moved_at = self._answered_at = time.monotonic()
-        self._readings: list[list[Heartbeat]] = []
+        self._readings: list[tuple[float, list[Heartbeat]]] = []
         self._suspicious = threading.Event()
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -102,7 +106,7 @@ class Watch:
                 if words is not None and words.rank != self.comm.rank:
                     self._end_after(words)
                 if self._suspicious.is_set():
-                    self._readings.append(self._channel.heartbeats())
+                    self._readings = [*self._readings[:1], (time.monotonic(), self._channel.heartbeats())]
                 self._answered_at = time.monotonic()
         except RuntimeError:
             self._end_without_store()
@@ -121,7 +125,7 @@ class Watch:
             waited_s = time.monotonic() - self._moved_at
             if waited_s > limit_s - min(4 * _POLL_S, limit_s / 2):
                 self._suspicious.set()
-            if waited_s > limit_s:
+            if waited_s > limit_s and (self._evident or self._keeper_quiet_s > _SILENCE_S):
                 self._end_late(waited_s)
 
     def _note_start(self, step: int, phase: str) -> None:
@@ -140,14 +144,14 @@ class Watch:
 
     def _end_late(self, waited_s: float) -> NoReturn:
         option = "comm.timeout_s" if self._limit_s() == self._timeout_s else "comm.startup_timeout_s"
-        readings = self._readings
-        if len(readings) < 2:
+        if self._evident:
+            (_, before), (_, now) = self._readings
+            text = describe(find_late(before, now), waited_s, option)
+        else:
             text = (
                 f"no progress for {waited_s:.0f} s: {self._keeper} has not answered for "
-                f"{time.monotonic() - self._answered_at:.0f} s; raise {option} if that may take so long"
+                f"{self._keeper_quiet_s:.0f} s; raise {option} if that may take so long"
             )
-        else:
-            text = describe(find_late(readings[0], readings[-1]), waited_s, option)
         self.report_failure(text, f"[{self.place}] {text}{self._stack_if_named(text)}", kind="late")
         end_process(1)
 
@@ -172,6 +176,15 @@ class Watch:
             return
         self._print(f"{self._keeper} is gone without a word; this rank stops")
         end_process(1)
+
+    @property
+    def _evident(self) -> bool:
+        times = [time_s for time_s, _ in self._readings]
+        return bool(times) and times[-1] - times[0] >= _EVIDENCE_S
+
+    @property
+    def _keeper_quiet_s(self) -> float:
+        return time.monotonic() - self._answered_at
 
     @property
     def _keeper(self) -> str:
