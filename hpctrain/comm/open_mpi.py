@@ -1,9 +1,13 @@
-"""What Open MPI is told before it starts where a job has several hosts, for Horovod and for mpi4py.
+"""What Open MPI is told before it starts, for Horovod and for mpi4py. What a user has set is kept.
 
-Left to itself it takes twice the time that a ring needs for a large all-reduce between hosts on TCP: measured between
+Between hosts: left to itself it takes twice the time that a ring needs for a large all-reduce between hosts on TCP: measured between
 four hosts on cables of 200 Mbit/s, 2.03 times the ring's bound for 10 MB over Horovod and 2.0 over mpi4py; with what is
 set here 1.04 and 1.02. Its rules pick other algorithms than a ring for large messages, and its "put" protocol lets the
-two directions of a pair wait for each other. What a user has set is kept.
+two directions of a pair wait for each other.
+
+Everywhere: a thread that waits for a message lets others run. Horovod's background thread waits like that once in
+each of its cycles, and where all cores compute it took them from the ranks' own work: the exchange of ResNet-50's
+gradients in fp16 between two ranks on two cores took 59 ms, and 31 ms with what is set here.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from hpctrain.topology.ranks import Topology
 #: Rings for all-gathers from 64 KiB and all-reduces from 1 MiB on; below, where latency counts, Open MPI's own choice.
 RULES = Path(__file__).with_name("open_mpi_rules.conf")
 
-VARIABLES = {
+EVERYWHERE = {"OMPI_MCA_mpi_yield_when_idle": "1"}
+BETWEEN_HOSTS = {
     "OMPI_MCA_btl_tcp_flags": "send",
     "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
     "OMPI_MCA_coll_tuned_dynamic_rules_filename": str(RULES),
@@ -24,7 +29,6 @@ VARIABLES = {
 
 
 def tune(topology: Topology) -> None:
-    """Set the variables that are not set, before MPI starts; on one host nothing."""
-    if topology.num_nodes > 1:
-        for variable, value in VARIABLES.items():
-            os.environ.setdefault(variable, value)
+    """Set the variables that are not set, before MPI starts."""
+    for variable, value in (EVERYWHERE | (BETWEEN_HOSTS if topology.num_nodes > 1 else {})).items():
+        os.environ.setdefault(variable, value)

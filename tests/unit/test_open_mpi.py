@@ -1,4 +1,4 @@
-"""Open MPI is told to take rings between hosts, unless the user said otherwise."""
+"""Open MPI is told to take rings between hosts and to wait politely, unless the user said otherwise."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import os
 
 import pytest
 
-from hpctrain.comm.open_mpi import RULES, VARIABLES, tune
+from hpctrain.comm.open_mpi import BETWEEN_HOSTS, EVERYWHERE, RULES, tune
 from hpctrain.topology.ranks import Topology
+
+
+VARIABLES = EVERYWHERE | BETWEEN_HOSTS
 
 
 @pytest.fixture(autouse=True)
@@ -24,13 +27,13 @@ def test_between_hosts_the_variables_are_set_and_the_rules_are_there() -> None:
     assert RULES.read_text().startswith("3 # collectives")
 
 
-def test_on_one_host_nothing_is_set() -> None:
+def test_on_one_host_waiting_threads_yield_and_the_rest_is_open_mpis_own() -> None:
     tune(Topology(world_size=4, num_nodes=1))
-    assert not VARIABLES.keys() & os.environ.keys()
+    assert {variable: os.environ[variable] for variable in VARIABLES if variable in os.environ} == EVERYWHERE
 
 
 def test_what_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = next(iter(VARIABLES))
-    monkeypatch.setenv(name, "put")
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "put")
     tune(Topology(world_size=4, num_nodes=4))
-    assert os.environ[name] == "put"
+    assert {os.environ[name] for name in VARIABLES} == {"put"}
