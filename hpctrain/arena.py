@@ -22,6 +22,10 @@ ALIGNMENT_BYTES = 64
 LAST_BUCKET_BYTES = 1 << 20
 
 
+#: Gradients of biases and the like. They lie together, so that a kernel may take them all at once: most of the
+#: parameters are such, and most of what they cost is the calls.
+SMALL_ELEMENTS = 4096
+
 #: Gives memory for so many elements of a dtype, one-dimensional.
 Allocate = Callable[[int, torch.dtype], Tensor]
 
@@ -122,6 +126,7 @@ def _aligned_elements(parameter: Parameter) -> int:
 
 def _make_bucket(members: Sequence[tuple[str, Parameter]], parts: int, allocate: Allocate | None) -> Bucket:
     first = members[0][1]
+    members = sorted(members, key=lambda member: member[1].numel() <= SMALL_ELEMENTS)
     starts, end = [], 0
     for _, parameter in members:
         starts.append(end)

@@ -1,6 +1,6 @@
 """What Open MPI is told before it starts, for Horovod and for mpi4py. What a user has set is kept.
 
-Between hosts: left to itself it takes twice the time that a ring needs for a large all-reduce between hosts on TCP: measured between
+Between hosts: left to itself it takes twice the time that a ring needs for a large all-reduce on TCP: measured between
 four hosts on cables of 200 Mbit/s, 2.03 times the ring's bound for 10 MB over Horovod and 2.0 over mpi4py; with what is
 set here 1.04 and 1.02. Its rules pick other algorithms than a ring for large messages, and its "put" protocol lets the
 two directions of a pair wait for each other.

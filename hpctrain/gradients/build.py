@@ -26,5 +26,6 @@ def build_exchange(
         bucket_bytes=round(config.bucket_mib * _MIB),
         last_bucket_bytes=round(config.last_bucket_mib * _MIB),
         grid=config.grid,
-        judge=judge or config.clip_norm is not None,
+        judge=judge,
+        norm=config.clip_norm is not None,
     )

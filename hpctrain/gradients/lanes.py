@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hpctrain.arena import Bucket, Slot
 from hpctrain.gradients.reduction import Reduction
-from hpctrain.gradients.wire import Wire, figures_of
+from hpctrain.gradients.wire import Wire
 from hpctrain.kernels.base import Piece
 
 
@@ -101,14 +101,16 @@ class Lane:
     def magnitude(self, unit: float) -> Tensor:
         """Largest magnitude of what ``send(unit)`` would send, float64 []; inf when any of it is not finite."""
         if self.goes_straight:
-            return figures_of([s.parameter.grad for s in self.bucket.slots if s.parameter.grad is not None])[0] * unit
+            gradients = [slot.parameter.grad for slot in self.bucket.slots if slot.parameter.grad is not None]
+            return self.wire.kernels.measure(gradients, norm=False)[0] * unit
         packed = [slot.view for slot, filled in zip(self.bucket.slots, self._filled, strict=True) if filled]
-        return figures_of(packed)[0]
+        return self.wire.kernels.measure(packed, norm=False)[0]
 
-    def finish(self, judge: bool) -> Tensor | None:
-        """Wait for the sum and bring the mean into the bucket; see ``Wire.decode``."""
+    def finish(self, *, judge: bool, norm: bool) -> Tensor | None:
+        """Wait for the sum and bring the mean into the bucket; with ``judge`` returns what ``Wire.decode`` does."""
         self.reduction.wait()
-        figures = self.wire.decode(self.reduction.parts, judge)
+        share = self.reduction.share if judge else None
+        figures = self.wire.decode(self.reduction.parts, share, norm=norm)
         self.reduction.end()
         return figures
 
@@ -122,7 +124,8 @@ class Lane:
 def _flat(gradient: Tensor, slot: Slot) -> Tensor:
     """The gradient's elements in the order of the slot: a view where they lie in it, as autograd arranges."""
     theirs, ours = gradient.stride(), slot.view.stride()
-    sizes = slot.view.size()
-    if any(size > 1 and one != other for size, one, other in zip(sizes, theirs, ours, strict=True)):
+    if theirs != ours and any(
+        size > 1 and one != other for size, one, other in zip(slot.view.size(), theirs, ours, strict=True)
+    ):
         gradient = torch.empty_like(slot.view).copy_(gradient)
     return gradient.as_strided((gradient.numel(),), (1,))

@@ -24,7 +24,7 @@ from hpctrain.gradients.registry import WIRES, find
 from hpctrain.gradients.tally import ExchangeStats, Tally
 from hpctrain.gradients.transport import Transport
 from hpctrain.gradients.verdict import Jury, Verdict
-from hpctrain.gradients.wire import FeedbackWire, PlainWire, figures_of
+from hpctrain.gradients.wire import FeedbackWire, PlainWire
 from hpctrain.kernels.registry import kernels_for
 
 
@@ -43,8 +43,9 @@ class GradientExchange:
     between steps, on all ranks alike: the next step is planned anew.
 
     ``grid`` is the length and number of the rows of ``reduction="grid"``. A narrow ``compression`` may overflow: each
-    step then ends with a verdict, which ``judge`` asks for in any case. Raises UserError when reduction or compression
-    is not known, when the engine cannot sum the wire's type, or when ranks hold different models.
+    step then ends with a verdict, which ``judge`` asks for in any case, and ``norm`` with the norm in it. Raises
+    UserError when reduction or compression is not known, when the engine cannot sum the wire's type, or when ranks
+    hold different models.
     """
 
     def __init__(
@@ -58,11 +59,12 @@ class GradientExchange:
         last_bucket_bytes: int = LAST_BUCKET_BYTES,
         grid: tuple[int, int] | None = None,
         judge: bool = False,
+        norm: bool = False,
     ) -> None:
         self._comm = comm
         self._named = list(model.named_parameters())
         self._wire, self._wire_dtype = find("compression", WIRES, compression)
-        self._judges = judge or self._wire_dtype is not None
+        self._norm, self._judges = norm, judge or norm or self._wire_dtype is not None
         self._kernels = kernels_for(comm.device)
         self.transport = Transport(comm, reduction, self._wire_dtype or torch.float32, self._kernels, grid)
         self._jury = Jury(comm, share=self.transport.shares_memory) if self._judges else None
@@ -212,7 +214,7 @@ class GradientExchange:
         self._launch_rest()
         for lane in self._lanes:
             lane.reduction.proceed()
-        figures = [lane.finish(self._judges) for lane in self._lanes]
+        figures = [lane.finish(judge=self._judges, norm=self._norm) for lane in self._lanes]
         for lane in self._lanes:
             lane.release()
         self._arena.attach()
@@ -242,7 +244,9 @@ class GradientExchange:
     def _judge(self, figures: list[Tensor]) -> Verdict | None:
         if self._jury is None:
             return None
-        verdict = self._jury.judge(figures if self._lanes else [figures_of(self.gradients)])
+        if not self._lanes:
+            figures = [self._kernels.measure(self.gradients, norm=self._norm)]
+        verdict = self._jury.judge(figures, norm=self._norm)
         for lane, magnitude in zip(self._lanes, verdict.magnitudes, strict=False):
             lane.wire.agree(magnitude)
         self.tally.skipped += not verdict.finite

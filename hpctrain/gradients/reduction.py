@@ -31,6 +31,12 @@ class Reduction(ABC):
         """What the sum is the concatenation of, between ``wait`` and ``end``."""
         return (self.buffer,)
 
+    @property
+    def share(self) -> slice:
+        """This rank's of as many equal pieces of the buffer as there are ranks; a rest belongs to the last."""
+        step, rank = self.buffer.numel() // self.comm.world_size, self.comm.rank
+        return slice(rank * step, self.buffer.numel() if rank == self.comm.world_size - 1 else (rank + 1) * step)
+
     def begin(self) -> None:  # noqa: B027 - a buffer of one's own may be written at any time
         """Return when the buffer may be written again."""
 

@@ -20,14 +20,14 @@ _WINDOW_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Largest magnitude of each bucket of the mean, inf where it is not finite; the norm of the whole."""
+    """Largest magnitude of each bucket of the mean, inf where it is not finite; the norm of the whole if asked for."""
 
     magnitudes: tuple[float, ...]
-    norm: float
+    norm: float | None
 
     @property
     def finite(self) -> bool:
-        return all(map(math.isfinite, self.magnitudes)) and math.isfinite(self.norm)
+        return all(map(math.isfinite, self.magnitudes))
 
 
 class Jury:
@@ -39,11 +39,13 @@ class Jury:
         if share:
             self._window = comm.open_window(_WINDOW_BYTES)
 
-    def judge(self, figures: Sequence[Tensor]) -> Verdict:
+    def judge(self, figures: Sequence[Tensor], *, norm: bool) -> Verdict:
         """The verdict on buckets whose own figures, float64 [2] each, are ``Kernels.widen``'s. Collective."""
         if not figures:
-            return Verdict((), 0.0)
+            return Verdict((), 0.0 if norm else None)
         table = torch.stack(list(figures))
+        if not norm:
+            return Verdict(tuple(self.largest(table[:, 0]).tolist()), None)
         *magnitudes, squares = self.largest(torch.cat([table[:, 0], table[:, 1].sum().reshape(1)])).tolist()
         return Verdict(tuple(magnitudes), math.sqrt(squares))
 

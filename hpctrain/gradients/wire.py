@@ -44,10 +44,11 @@ class Wire(ABC):
         """
 
     @abstractmethod
-    def decode(self, parts: Sequence[Tensor], judge: bool) -> Tensor | None:
+    def decode(self, parts: Sequence[Tensor], share: slice | None, *, norm: bool) -> Tensor | None:
         """Bring the mean over workers, out of the sum in ``parts``, into the bucket.
 
-        With ``judge`` returns float64 [2]: its largest magnitude (inf when not finite), its sum of squares.
+        Returns its figures float64 [2] as ``Kernels.widen`` does where this rank's ``share`` of the bucket to judge
+        is given.
         """
 
     def agree(self, magnitude: float) -> None:
@@ -61,14 +62,16 @@ class PlainWire(Wire):
     def encode(self, pieces: Sequence[Piece], unit: float, counted: Tensor | None) -> None:
         return
 
-    def decode(self, parts: Sequence[Tensor], judge: bool) -> Tensor | None:
+    def decode(self, parts: Sequence[Tensor], share: slice | None, *, norm: bool) -> Tensor | None:
         start = 0
         for part in parts:
             target = self.bucket[start : start + part.numel()]
             if target.data_ptr() != part.data_ptr():
                 target.copy_(part)
             start += part.numel()
-        return figures_of([self.bucket]) if judge else None
+        if share is None:
+            return None
+        return self.kernels.measure([self.bucket if norm else self.bucket[share]], norm=norm)
 
 
 class NarrowWire(Wire):
@@ -100,8 +103,8 @@ class NarrowWire(Wire):
         self._back = unit / (scale * self.workers)
         return scale
 
-    def decode(self, parts: Sequence[Tensor], judge: bool) -> Tensor | None:
-        return self.kernels.widen(parts, self.bucket, self._back)
+    def decode(self, parts: Sequence[Tensor], share: slice | None, *, norm: bool) -> Tensor | None:
+        return self.kernels.widen(parts, self.bucket, self._back, share or slice(0, 0), norm=norm)
 
     def agree(self, magnitude: float) -> None:
         # After an overflow, or gradients that were zero, the last step says nothing of the next one.
@@ -126,15 +129,3 @@ class FeedbackWire(NarrowWire):
 
     def _narrow(self, pieces: Sequence[Piece], scale: float) -> None:
         self.kernels.narrow_with_feedback(pieces, self.residual, self.buffer, scale)
-
-
-def figures_of(tensors: Sequence[Tensor]) -> Tensor:
-    """float64 [2]: the largest magnitude in ``tensors``, inf when any element is not finite, and the sum of squares."""
-    device = tensors[0].device if tensors else None
-    figures = torch.zeros(2, dtype=torch.float64, device=device)
-    for tensor in tensors:
-        if tensor.numel():
-            largest = torch.stack(torch.aminmax(tensor)).abs().amax().double()
-            figures[0] = torch.maximum(figures[0], torch.where(largest.isfinite(), largest, torch.inf))
-            figures[1] += torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
-    return figures

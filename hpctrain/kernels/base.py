@@ -40,11 +40,18 @@ class Kernels(Protocol):
         number, and values that were not finite before.
         """
 
-    def widen(self, parts: Sequence[Tensor], out: Tensor, scale: float) -> Tensor:
+    def widen(
+        self, parts: Sequence[Tensor], out: Tensor, scale: float, share: slice | None = None, *, norm: bool = True
+    ) -> Tensor:
         """``out`` [n] float32 = the concatenation of ``parts`` (of the wire's dtype), times ``scale``.
 
-        Returns float64 [2] on the device: the largest magnitude in ``out``, inf where anything is inf or NaN, and
-        the sum of squares.
+        Returns its figures as ``measure`` does. Where a ``share`` is given the magnitude may be that of ``out[share]``
+        alone: if all ranks look at all of it, each does the work of all.
+        """
+
+    def measure(self, tensors: Sequence[Tensor], *, norm: bool) -> Tensor:
+        """float64 [2] on the device: the largest magnitude in ``tensors``, inf where anything is inf or NaN, and the
+        sum of squares. Without ``norm`` the latter is any number.
         """
 
     def sum_rows(self, rows: Sequence[Tensor], out: Tensor) -> None:

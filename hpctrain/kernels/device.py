@@ -47,7 +47,10 @@ class DeviceKernels:
             fused.count[(len(table),)](table, wire, counts, torch.finfo(wire.dtype).smallest_normal, **OPTIONS)
         return counts.sum(0)
 
-    def widen(self, parts: Sequence[Tensor], out: Tensor, scale: float) -> Tensor:
+    def widen(
+        self, parts: Sequence[Tensor], out: Tensor, scale: float, share: slice | None = None, *, norm: bool = True
+    ) -> Tensor:
+        """Measures all of ``out`` in any case: on a GPU that hides behind the memory's time."""
         runs = consecutive(parts)
         assert runs[:, 2].sum() == out.numel(), "the parts fill the output"
         table = self._chunks(runs, parts[0].element_size() if parts else 4, out.device)
@@ -59,6 +62,16 @@ class DeviceKernels:
         fused.widen[(chunks,)](table, out, partial, chunks, scale, KIND=_KINDS[parts[0].dtype], **OPTIONS)
         fused.finish_widen[(1,)](partial, chunks, found, **OPTIONS)
         return found
+
+    def measure(self, tensors: Sequence[Tensor], *, norm: bool) -> Tensor:
+        figures = torch.zeros(2, dtype=torch.float64, device=tensors[0].device if tensors else None)
+        for tensor in tensors:
+            if tensor.numel():
+                largest = torch.stack(torch.aminmax(tensor)).abs().amax().double()
+                figures[0] = torch.maximum(figures[0], torch.where(largest.isfinite(), largest, torch.inf))
+                if norm:
+                    figures[1] += torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+        return figures
 
     def sum_rows(self, rows: Sequence[Tensor], out: Tensor) -> None:
         """Up to ``fused.ROWS_AT_ONCE`` rows in one launch; more in levels, with float32 sums between them."""

@@ -6,8 +6,8 @@ and all that happens in between happens to one chunk at a time, in scratch that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,26 +17,12 @@ from hpctrain.kernels.base import Piece
 #: Elements a thread works on at a time. With the scratch, 8 bytes an element, and the wire that makes 1 MiB, the
 #: second-level cache of a core of today's servers; much less costs time in calls, more in misses.
 CHUNK = 96 << 10
+#: Elements up to which it is quicker to put neighbours together than to make the calls for each.
+_SMALL = 4096
 #: Below it, squares in float32 may have vanished that count; from it on, all that vanish are beyond its digits.
 _SQUARES_TRUSTED = 2.0**-80
 #: Whole numbers up to here are exact in float32.
 _COUNTABLE = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class _Bits:
-    """A wire's elements as integers: without the sign, bit patterns are ordered as the magnitudes are."""
-
-    integer: torch.dtype
-    magnitude: int
-    infinity: int
-
-
-_BITS = {
-    torch.float16: _Bits(torch.int16, 0x7FFF, 0x7C00),
-    torch.bfloat16: _Bits(torch.int16, 0x7FFF, 0x7F80),
-    torch.float32: _Bits(torch.int32, 0x7FFFFFFF, 0x7F800000),
-}
 
 
 class HostKernels:
@@ -49,13 +35,24 @@ class HostKernels:
 
     @torch.no_grad()
     def narrow(self, pieces: Sequence[Piece], wire: Tensor, scale: float) -> None:
-        for values, target in _chunks(pieces, self._chunk, wire):
+        for values, target in _chunks(self._gathered(pieces), self._chunk, wire):
             if scale == 1.0:
                 target.copy_(values)
             elif target.dtype == values.dtype:
                 torch.mul(values, scale, out=target)
             else:
                 target.copy_(torch.mul(values, scale, out=self._scratch[: values.numel()]))
+
+    def _gathered(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
+        """The pieces, small ones that lie side by side as one."""
+        for run in _runs(pieces, self._chunk):
+            if len(run) == 1:
+                yield run[0]
+                continue
+            values = [piece.values for piece in run]
+            # In the half of the scratch that products do not go to.
+            together = self._scratch[self._chunk :][: sum(value.numel() for value in values)]
+            yield Piece(torch.cat(values, out=together), run[0].start)
 
     @torch.no_grad()
     def narrow_with_feedback(self, pieces: Sequence[Piece], residual: Tensor, wire: Tensor, scale: float) -> None:
@@ -87,32 +84,33 @@ class HostKernels:
         return int(overflow.sum()), int(underflow), int(subnormal), int(bad.sum())
 
     @torch.no_grad()
-    def widen(self, parts: Sequence[Tensor], out: Tensor, scale: float) -> Tensor:
-        start, magnitude, squares = 0, 0, 0.0
+    def widen(
+        self, parts: Sequence[Tensor], out: Tensor, scale: float, share: slice | None = None, *, norm: bool = True
+    ) -> Tensor:
+        start, magnitude, squares = 0, 0.0, 0.0
+        share = share or slice(0, out.numel())
         for part in parts:
             for chunk in torch.split(part, self._chunk):
                 target = out[start : start + chunk.numel()]
+                magnitude = max(magnitude, _largest(chunk[max(share.start - start, 0) : max(share.stop - start, 0)]))
                 start += chunk.numel()
-                largest = self._largest(chunk)
-                magnitude = max(magnitude, largest)
                 target.copy_(chunk)
                 if scale != 1.0:
                     target.mul_(scale)
-                if largest:
+                if norm:
                     squares += self._squares(target)
-        return torch.tensor([_magnitude_of(magnitude, parts, scale), squares], dtype=torch.float64)
+        # In float32, as the elements themselves were scaled.
+        return torch.tensor([float(torch.tensor(magnitude).mul_(scale)), squares], dtype=torch.float64)
 
-    def _largest(self, chunk: Tensor) -> int:
-        """The largest magnitude in it, as bits. Empty chunks come from empty parts."""
-        if not chunk.numel():
-            return 0
-        bits = _BITS[chunk.dtype]
-        space = self._scratch.view(bits.integer)[: chunk.numel()]
-        return int(torch.bitwise_and(chunk.view(bits.integer), bits.magnitude, out=space).amax())
+    @torch.no_grad()
+    def measure(self, tensors: Sequence[Tensor], *, norm: bool) -> Tensor:
+        magnitude = max((_largest(tensor) for tensor in tensors), default=0.0)
+        squares = sum(map(self._squares, _flat_chunks(tensors, self._chunk))) if norm else 0.0
+        return torch.tensor([magnitude, squares], dtype=torch.float64)
 
     def _squares(self, chunk: Tensor) -> float:
         squares = float(torch.dot(chunk, chunk))
-        if _SQUARES_TRUSTED < squares < float("inf"):
+        if _SQUARES_TRUSTED < squares < math.inf or not torch.count_nonzero(chunk):
             return squares
         wide = self._scratch.view(torch.float64)[: chunk.numel()].copy_(chunk)
         return float(torch.dot(wide, wide))
@@ -132,7 +130,25 @@ class HostKernels:
             target.copy_(_tree(parts, [level[: target.numel()] for level in scratch]))
 
 
-def _chunks(pieces: Sequence[Piece], size: int, *flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _runs(pieces: Sequence[Piece], room: int) -> Iterator[list[Piece]]:
+    """Groups of consecutive pieces: small ones without a gap between them, up to ``room`` elements; others alone."""
+    run: list[Piece] = []
+    start = end = -1
+    for piece in pieces:
+        length = piece.values.numel()
+        if run and (piece.start != end or length > _SMALL or piece.start + length - start > room):
+            yield run
+            run = []
+        if not run:
+            start = piece.start
+        run.append(piece)
+        # Nothing follows a large one.
+        end = piece.start + length if length <= _SMALL else -1
+    if run:
+        yield run
+
+
+def _chunks(pieces: Iterable[Piece], size: int, *flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """For each chunk of each piece its values, and the same elements of each ``flat``."""
     for piece in pieces:
         start = piece.start
@@ -142,13 +158,21 @@ def _chunks(pieces: Sequence[Piece], size: int, *flat: Tensor) -> Iterator[tuple
             start = stop
 
 
-def _magnitude_of(bits: int, parts: Sequence[Tensor], scale: float) -> float:
-    """The number that ``bits`` are in the parts' dtype, times ``scale`` in float32; inf for NaN."""
-    if not bits:
+def _flat_chunks(tensors: Sequence[Tensor], size: int) -> Iterator[Tensor]:
+    """The elements of tensors of any strides, ``size`` at a time; a copy where they do not lie without gaps."""
+    for tensor in tensors:
+        if not tensor.is_contiguous() and torch.ops.aten.is_non_overlapping_and_dense(tensor):
+            tensor = tensor.as_strided((tensor.numel(),), (1,))
+        yield from torch.split(tensor.reshape(-1), size)
+
+
+def _largest(values: Tensor) -> float:
+    """The largest magnitude, inf where anything is inf or NaN."""
+    if not values.numel():
         return 0.0
-    format_ = _BITS[parts[0].dtype]
-    number = torch.tensor([bits], dtype=format_.integer).view(parts[0].dtype).to(torch.float32)
-    return float(number.mul_(scale)) if bits < format_.infinity else float("inf")
+    low, high = torch.aminmax(values)
+    largest = max(-float(low), float(high))
+    return math.inf if math.isnan(largest) else largest
 
 
 def _tree(rows: Sequence[Tensor], scratch: Sequence[Tensor]) -> Tensor:

@@ -87,8 +87,12 @@ def widen(parts: Sequence[Float64], scale: float) -> tuple[Float32, float, float
     """(out, largest magnitude, sum of squares)."""
     with np.errstate(over="ignore", invalid="ignore"):
         out = np.concatenate([part.astype(np.float32) for part in parts]) * np.float32(scale)
-        largest = float(np.abs(out).max(initial=0.0)) if np.isfinite(out).all() else float("inf")
-        return out, largest, float(np.square(out.astype(np.float64)).sum())
+        return out, largest(out), float(np.square(out.astype(np.float64)).sum())
+
+
+def largest(values: Float32) -> float:
+    """The largest magnitude, inf where anything is inf or NaN."""
+    return float(np.abs(values).max(initial=0.0)) if np.isfinite(values).all() else float("inf")
 
 
 def sum_rows(rows: Sequence[Float64], dtype: torch.dtype) -> Float64:

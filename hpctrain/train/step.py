@@ -54,7 +54,7 @@ def accept(parts: Parts, verdict: Verdict | None) -> bool:
     if parts.loss_scale is not None:
         parts.loss_scale.update(verdict.finite)
     clip_norm = parts.config.gradients.clip_norm
-    if clip_norm is not None and verdict.finite:
+    if clip_norm is not None and verdict.norm is not None and verdict.finite:
         parts.exchange.clip_(clip_norm, verdict.norm)
     return verdict.finite
 

@@ -19,6 +19,7 @@ from tests.unit.gradient_cases import (
     WIRES,
     Layout,
     check_feedback,
+    check_measure,
     check_narrow,
     check_sum,
     check_widen,
@@ -59,6 +60,13 @@ def test_narrow_with_feedback(sizes: list[int], wire: torch.dtype, seed: int, ga
 def test_widen(sizes: list[int], wire: torch.dtype, seed: int, scale: float) -> None:
     for values in (numbers, moderate):
         check_widen(KERNELS, GPU, [values(size, seed + index) for index, size in enumerate(sizes)], wire, scale)
+
+
+@some
+@given(sizes.filter(bool), seeds)
+def test_measure(sizes: list[int], seed: int) -> None:
+    for values in (numbers, moderate):
+        check_measure(KERNELS, GPU, [values(size, seed + index) for index, size in enumerate(sizes)])
 
 
 @some

@@ -112,13 +112,26 @@ def check_widen(
 ) -> None:
     narrowed = [reference.rounded(part.astype(np.float64), wire) for part in parts]
     tensors = [on(device, part, index % 3, wire) for index, part in enumerate(narrowed)]
-    out = on(device, np.full(sum(part.size for part in parts), 7.0), 1)
-    found = kernels.widen(tensors, out, scale)
+    size = sum(part.size for part in parts)
+    out = on(device, np.full(size, 7.0), 1)
     expected, largest, squares = reference.widen(narrowed, scale)
-    same(out, expected.astype(np.float64))
+    for share in (slice(0, size), slice(size // 3, size // 2), slice(0, 0)):
+        found = kernels.widen(tensors, out, scale, share, norm=True)
+        same(out, expected.astype(np.float64))
+        assert (found.dtype, found.shape, found.device.type) == (torch.float64, (2,), device.type)
+        assert found[0].item() in (reference.largest(expected[share]), largest)
+        if np.isfinite(largest):
+            assert abs(found[1].item() - squares) <= 1e-5 * squares
+
+
+def check_measure(kernels: Kernels, device: torch.device, arrays: Sequence[Float32]) -> None:
+    tensors = [on(device, array, index % 3) for index, array in enumerate(arrays)]
+    whole = np.concatenate([*arrays, np.zeros(0, np.float32)])
+    found = kernels.measure(tensors, norm=True)
     assert (found.dtype, found.shape, found.device.type) == (torch.float64, (2,), device.type)
-    assert found[0].item() == largest
-    if np.isfinite(largest):
+    assert found[0].item() == kernels.measure(tensors, norm=False)[0].item() == reference.largest(whole)
+    squares = float(np.square(whole.astype(np.float64)).sum())
+    if np.isfinite(squares):
         assert abs(found[1].item() - squares) <= 1e-5 * squares
 
 

@@ -77,6 +77,13 @@ def check_widen(sizes: list[int], wire: torch.dtype, seed: int, scale: float) ->
 
 
 @few
+@given(sizes.filter(bool), seeds)
+def check_measure(sizes: list[int], seed: int) -> None:
+    for values in (cases.numbers, cases.moderate):
+        cases.check_measure(KERNELS, CPU, [values(size, seed + index) for index, size in enumerate(sizes)])
+
+
+@few
 @given(st.integers(1, 20), st.integers(0, 2 * BLOCK), wires, seeds, st.data())
 def check_sum_rows(count: int, length: int, wire: torch.dtype, seed: int, data: st.DataObject) -> None:
     into = data.draw(st.integers(-1, count - 1))

@@ -22,6 +22,7 @@ from tests.unit.gradient_cases import (
     Layout,
     back,
     check_feedback,
+    check_measure,
     check_narrow,
     check_sum,
     check_widen,
@@ -57,6 +58,21 @@ def test_narrow_with_feedback(sizes: list[int], wire: torch.dtype, seed: int, ga
 def test_widen(sizes: list[int], wire: torch.dtype, seed: int, scale: float) -> None:
     check_widen(KERNELS, CPU, [numbers(size, seed + index) for index, size in enumerate(sizes)], wire, scale)
     check_widen(KERNELS, CPU, [moderate(size, seed + index) for index, size in enumerate(sizes)], wire, scale)
+
+
+@given(sizes, seeds)
+def test_measure(sizes: list[int], seed: int) -> None:
+    for values in (numbers, moderate):
+        check_measure(KERNELS, CPU, [values(size, seed + index) for index, size in enumerate(sizes)])
+
+
+def test_tensors_of_any_strides_are_measured() -> None:
+    values = torch.from_numpy(moderate(24_000, 1))
+    parts = values[:12_000].view(10, 12, 10, 10).to(memory_format=torch.channels_last), values.view(-1, 2)[6_000:, 1]
+    expected = torch.cat([part.reshape(-1) for part in parts]).double()
+    largest, squares = KERNELS.measure(parts, norm=True).tolist()
+    assert largest == expected.abs().max()
+    assert squares == pytest.approx(float(expected.square().sum()), rel=1e-5)
 
 
 @given(st.integers(1, 40), st.integers(0, 3 * EDGE), wires, seeds, st.data())

@@ -9,7 +9,6 @@ import pytest
 from hpctrain.comm.open_mpi import BETWEEN_HOSTS, EVERYWHERE, RULES, tune
 from hpctrain.topology.ranks import Topology
 
-
 VARIABLES = EVERYWHERE | BETWEEN_HOSTS
 
 
