@@ -5,12 +5,12 @@ Used by the torch engine outside torchrun; engines with a launcher of their own 
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hpctrain.errors import UserError
+from hpctrain.topology.hosts import first_host
 from hpctrain.topology.ranks import Topology
 
 # Below Linux' ephemeral ports (from 32768), which any client may be given at any moment.
@@ -69,9 +69,3 @@ def _first_host(environ: Mapping[str, str], topology: Topology) -> str | None:
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
         return first_host(nodes)
     return None
-
-
-def first_host(nodes: str) -> str | None:
-    """The first name of Slurm's list: ``gpu[03-05,9],login1`` begins with gpu03."""
-    match = re.match(r"([^,\[\]]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
-    return match and "".join(part or "" for part in match.groups())

@@ -8,7 +8,7 @@ import pytest
 
 from hpctrain.errors import UserError
 from hpctrain.topology.ranks import Topology
-from hpctrain.topology.rendezvous import first_host, rendezvous
+from hpctrain.topology.rendezvous import rendezvous
 
 ONE_HOST = Topology(rank=1, world_size=4, local_rank=1, local_size=4, launcher="mpirun")
 TWO_HOSTS = Topology(rank=1, world_size=4, local_rank=1, local_size=2, num_nodes=2, launcher="mpirun")
@@ -59,19 +59,3 @@ def test_no_meeting_point_is_an_error_with_its_remedy(environ: dict[str, str], t
 def test_a_port_that_is_none(port: str) -> None:
     with pytest.raises(UserError, match=f"MASTER_PORT='{port}' is not a port"):
         rendezvous({"MASTER_ADDR": "n7", "MASTER_PORT": port}, ONE_HOST)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("n1", "n1"),
-        ("n1,n2", "n1"),
-        ("gpu[03-05,9]", "gpu03"),
-        ("gpu[12,14],login1", "gpu12"),
-        ("rack1-[001-128]", "rack1-001"),
-        ("n[1-2]-ib", "n1-ib"),
-        ("", None),
-    ],
-)
-def test_first_host_of_slurms_lists(nodes: str, first: str | None) -> None:
-    assert first_host(nodes) == first
