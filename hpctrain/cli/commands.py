@@ -1,0 +1,105 @@
+"""The command line: what can be typed, and nothing of how it is done. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpctrain import __version__
+from hpctrain.cli.bench import bench_app
+from hpctrain.cli.data import data_app
+from hpctrain.cli.options import ConfigPath, JsonFile, Overrides, ended_by_interrupt
+from hpctrain.cli.scaling import scaling_app
+from hpctrain.errors import HpctrainError
+
+app = typer.Typer(
+    name="hpctrain",
+    help="Train image classifiers on many GPUs, and measure how well it scaled.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for group in (data_app, bench_app, scaling_app):
+    app.add_typer(group)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|PATH", help="auto: newest complete checkpoint of the run directory")
+    ] = "auto",
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="DIR", help="default: runs/<config>-<time>")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+) -> None:
+    """Train as CONFIG says, on all ranks the launcher started.
+
+    One rank: `hpctrain train …`; more: `horovodrun -np N hpctrain train …`, or the same behind mpirun, srun
+    or torchrun.
+    """
+    from hpctrain.config.load import load_config
+
+    settings = load_config(config, overrides or [])
+    with ended_by_interrupt():
+        from hpctrain.train.main import print_plan, train_command
+
+    if dry_run:
+        print_plan(settings)
+    else:
+        train_command(settings, config.stem, resume=resume, run_dir=run_dir)
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run directory, or one of its checkpoints")],
+    overrides: Overrides = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Exact top-1 and top-5 of a checkpoint on its whole validation part."""
+    with ended_by_interrupt():
+        from hpctrain.train.main import eval_command
+
+    eval_command(run, overrides or [], json_file)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Tell what each engine and loader needs and has; exit 0 when `auto` would work."""
+    from hpctrain.doctor import examine, render, to_json
+
+    report = examine()
+    typer.echo(to_json(report)) if as_json else render(report)
+    raise typer.Exit(report.exit_code)
+
+
+def main() -> None:
+    """Run the command line; user errors become one sentence and exit status 2."""
+    # Torch's C++ part would add stack traces of its own to our messages when a peer is gone.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        app()
+    except HpctrainError as error:
+        from hpctrain.topology.voice import report_early
+
+        sys.exit(report_early(error, os.environ))

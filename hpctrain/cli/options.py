@@ -1,0 +1,31 @@
+"""What several commands share: arguments that mean the same everywhere, and how they import what is heavy."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML recipe, such as configs/quickstart.yaml")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="change one key, as in train.epochs=5; repeatable"),
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result there as JSON")]
+
+
+@contextmanager
+def ended_by_interrupt() -> Iterator[None]:
+    """Around heavy imports: there Ctrl-C may come out as any error of a library, with its traceback."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

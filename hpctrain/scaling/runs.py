@@ -1,0 +1,92 @@
+"""The finished runs that a scaling report is made of, read from their folders: `record.json` and `config.yaml`.
+
+Nothing else of a run is looked at, and whether runs compare is for ``comparable`` to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpctrain.config.load import load_config
+from hpctrain.config.schema import Config
+from hpctrain.errors import UserError
+from hpctrain.metrics.record import RECORD_FILE, Record, read_record
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Size:
+    """How large a run was: workers (GPUs, one each) in all, on how many nodes."""
+
+    workers: int
+    nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run. ``rate`` is the median of its images/s after warm-up, over its steps."""
+
+    path: Path
+    record: Record
+    config: Config
+    rate: float
+
+    @property
+    def size(self) -> Size:
+        return Size(self.record.plan.workers, self.record.plan.nodes)
+
+    @property
+    def batch_global(self) -> int:
+        """Samples of one optimizer step."""
+        return self.record.plan.batch_global
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """What one worker takes: samples of a forward pass, and such passes in a step."""
+        return self.record.plan.batch_per_worker, self.config.train.accumulation
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in ``paths``, each a run directory or a folder of some, by size, batch and path; each run once.
+
+    Raises UserError when there is no such folder, none holds a run, a run has not ended or measured nothing.
+    """
+    folders = sorted({found.resolve(): found for path in paths for found in _folders(path)}.values())
+    unfinished = [folder for folder in folders if not (folder / RECORD_FILE).is_file()]
+    if unfinished:
+        raise UserError(
+            f"{_listed(unfinished)} {'has' if len(unfinished) == 1 else 'have'} no {RECORD_FILE}, so the training "
+            "there has not ended: resume it, or leave it out"
+        )
+    return sorted((_read(folder) for folder in folders), key=lambda run: (run.size, run.batch, str(run.path)))
+
+
+def _folders(path: Path) -> list[Path]:
+    """``path`` itself, or the run directories right below it."""
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}: name run directories, or a folder of them")
+    found = [path] if _is_run(path) else [child for child in path.iterdir() if _is_run(child)]
+    if not found:
+        raise UserError(f"{path} holds no run ({CONFIG_FILE}): name run directories, or a folder of them")
+    return found
+
+
+def _is_run(path: Path) -> bool:
+    return (path / CONFIG_FILE).is_file()
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    return ", ".join(map(str, paths))
+
+
+def _read(folder: Path) -> Run:
+    record = read_record(folder / RECORD_FILE)
+    rate = record.throughput.images_per_s.median
+    if not rate:
+        raise UserError(
+            f"{folder} has no rate (throughput.images_per_s.median is {rate}): train for more steps, or leave it out"
+        )
+    return Run(folder, record, load_config(folder / CONFIG_FILE), rate)
