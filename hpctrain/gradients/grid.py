@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hpctrain.comm.base import Communicator, FinishedWork, Work
 from hpctrain.errors import UserError
-from hpctrain.gradients.reduction import Reduction
+from hpctrain.gradients.reduction import StagedReduction
 
 Shape = tuple[int, int]
 
@@ -58,7 +58,7 @@ def grid_lines(nodes: Sequence[int], shape: Shape) -> tuple[list[list[int]], lis
     return rows, [sorted(column) for column in zip(*rows, strict=True)]
 
 
-class GridReduction(Reduction):
+class GridReduction(StagedReduction):
     """The engine's own sums along rows and columns; the buffer's length must be a multiple of the row's.
 
     ``shape`` is (length, number) of the rows, by default that of ``grid_shape``; ``scratch`` [n], of the buffer's
@@ -66,8 +66,6 @@ class GridReduction(Reduction):
     and splits ``comm`` into rows and columns once for all buffers. Raises UserError when the grid does not cover the
     ranks, or when the engine cannot be split.
     """
-
-    _work: Work
 
     def __init__(
         self, comm: Communicator, buffer: Tensor, scratch: Tensor | None = None, *, shape: Shape | None = None
@@ -85,18 +83,10 @@ class GridReduction(Reduction):
             stages.append(partial(column.all_reduce_, part))
         if row:
             stages.append(partial(row.all_gather_, buffer, part))
-        self._stages = stages or [FinishedWork]
+        self._collectives = stages or [FinishedWork]
 
-    def start(self) -> None:
-        self._work = self._stages[0]()
-
-    def proceed(self) -> None:
-        for stage in self._stages[1:]:
-            self._work.wait()
-            self._work = stage()
-
-    def wait(self) -> None:
-        self._work.wait()
+    def stages(self) -> Sequence[Callable[[], Work]]:
+        return self._collectives
 
 
 def _own(comm: Communicator, lines: Sequence[Sequence[int]]) -> Communicator | None:

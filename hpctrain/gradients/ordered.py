@@ -7,11 +7,15 @@ result is also the same for every split of the workers over ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from hpctrain.comm.base import Communicator, Work
-from hpctrain.gradients.reduction import Reduction
+from hpctrain.gradients.reduction import StagedReduction
+from hpctrain.kernels.base import Kernels
 from hpctrain.kernels.registry import kernels_for
 
 SUMMED_BY_KERNELS = (torch.float16, torch.bfloat16, torch.float32)
@@ -29,29 +33,35 @@ def tree_sum_(rows: Tensor) -> Tensor:
     return rows[0]
 
 
-class OrderedReduction(Reduction):
-    """Each rank sums one chunk of the buffer, in float32 where that is wider; the length must be a multiple of the
-    world size. ``scratch`` [n], of the buffer's type, takes in the peers' chunks; one is allocated when none is given.
+class OrderedReduction(StagedReduction):
+    """Each rank sums a chunk of the buffer, in float32 where that is wider; the length must be a multiple of the world
+    size. ``scratch`` [n], of the buffer's type, takes in the peers' chunks.
+
+    Without it the buffer goes in two halves, one after the other, if the world size divides them, and memory for one
+    is allocated.
     """
 
-    _work: Work
-
-    def __init__(self, comm: Communicator, buffer: Tensor, scratch: Tensor | None = None) -> None:
+    def __init__(
+        self, comm: Communicator, buffer: Tensor, scratch: Tensor | None = None, kernels: Kernels | None = None
+    ) -> None:
         super().__init__(comm, buffer)
-        self._received = torch.empty_like(buffer) if scratch is None else scratch
-        self._kernels = kernels_for(buffer.device) if buffer.dtype in SUMMED_BY_KERNELS else None
+        halves = 2 if scratch is None and buffer.numel() % (2 * comm.world_size) == 0 else 1
+        self._parts = buffer.chunk(halves)
+        self._received = torch.empty_like(self._parts[0]) if scratch is None else scratch
+        self._kernels = None
+        if buffer.dtype in SUMMED_BY_KERNELS:
+            self._kernels = kernels or kernels_for(buffer.device)
 
-    def start(self) -> None:
-        self._work = self.comm.all_to_all_(self._received, self.buffer)
+    def stages(self) -> Sequence[Callable[[], Work]]:
+        return [partial(stage, part) for part in self._parts for stage in (self._hand_round, self._sum)]
 
-    def proceed(self) -> None:
-        self._work.wait()
+    def _hand_round(self, part: Tensor) -> Work:
+        return self.comm.all_to_all_(self._received, part)
+
+    def _sum(self, part: Tensor) -> Work:
         rows = self._received.view(self.comm.world_size, -1)
         if self._kernels is None:
             tree_sum_(rows)
         else:
             self._kernels.sum_rows(rows.unbind(), rows[0])
-        self._work = self.comm.all_gather_(self.buffer, rows[0])
-
-    def wait(self) -> None:
-        self._work.wait()
+        return self.comm.all_gather_(part, rows[0])

@@ -20,6 +20,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.errors import MachineError
 from hpctrain.gradients.agreement import check_agreement, describe_buckets
 from hpctrain.gradients.lanes import Lane
+from hpctrain.gradients.reduction import complete
 from hpctrain.gradients.registry import WIRES, find
 from hpctrain.gradients.tally import ExchangeStats, Tally
 from hpctrain.gradients.transport import Transport
@@ -212,8 +213,7 @@ class GradientExchange:
         started = time.perf_counter()
         early = self._next
         self._launch_rest()
-        for lane in self._lanes:
-            lane.reduction.proceed()
+        complete([lane.reduction for lane in self._lanes])
         figures = [lane.finish(judge=self._judges, norm=self._norm) for lane in self._lanes]
         for lane in self._lanes:
             lane.release()

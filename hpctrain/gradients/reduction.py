@@ -7,7 +7,7 @@ of parameters, and takes no mean.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -17,9 +17,9 @@ from hpctrain.comm.base import Communicator, Work
 class Reduction(ABC):
     """Sum ``buffer`` [n] over all ranks; the sum is then in ``parts``.
 
-    Every rank calls ``start`` for all buffers of a step in one order, then ``proceed`` for all in that order,
-    then ``wait``: so all ranks hand the same sequence of collectives to the engine. Around that, ``begin`` comes
-    before the buffer is written and ``end`` after the sum was read.
+    Every rank calls ``start`` for all buffers of a step in one order, then ``complete`` for all in that order: so all
+    ranks hand the same sequence of collectives to the engine. Around that, ``begin`` comes before the buffer is
+    written and ``end`` after the sum was read.
     """
 
     def __init__(self, comm: Communicator, buffer: Tensor) -> None:
@@ -45,8 +45,8 @@ class Reduction(ABC):
         """Launch the first collective; returns at once."""
 
     @abstractmethod
-    def proceed(self) -> None:
-        """Launch what depends on the first collective, if anything does."""
+    def proceed(self) -> bool:
+        """Launch what depends on the collective before, if anything does; whether more is to come after that."""
 
     @abstractmethod
     def wait(self) -> None:
@@ -62,16 +62,50 @@ class Reduction(ABC):
         """Give back what it holds beside its buffers, such as a window. Collective."""
 
 
-class EngineReduction(Reduction):
-    """The engine's all-reduce: its own algorithm and order of summation."""
+class StagedReduction(Reduction):
+    """One collective after another, each launched when the one before is over."""
 
     _work: Work
+    _launched = 0
+
+    @abstractmethod
+    def stages(self) -> Sequence[Callable[[], Work]]:
+        """What launches the collectives, in order; the same number on all ranks, at least one."""
 
     def start(self) -> None:
-        self._work = self.comm.all_reduce_(self.buffer)
+        self._stages = self.stages()
+        self._launched = 1
+        self._work = self._stages[0]()
 
-    def proceed(self) -> None:
-        return
+    def proceed(self) -> bool:
+        if self._launched < len(self._stages):
+            self._work.wait()
+            self._work = self._stages[self._launched]()
+            self._launched += 1
+        return self._launched < len(self._stages)
 
     def wait(self) -> None:
         self._work.wait()
+
+
+class EngineReduction(StagedReduction):
+    """The engine's all-reduce: its own algorithm and order of summation."""
+
+    def stages(self) -> Sequence[Callable[[], Work]]:
+        return [lambda: self.comm.all_reduce_(self.buffer)]
+
+
+def complete(reductions: Sequence[Reduction]) -> None:
+    """Launch all that follows the first collectives of ``reductions``, which all were started.
+
+    In rounds over all of them: a collective of one is under way while the next are launched.
+    """
+    while reductions:
+        reductions = [reduction for reduction in reductions if reduction.proceed()]
+
+
+def reduce_(reduction: Reduction) -> None:
+    """One reduction from start to end, when there is nothing else to do."""
+    reduction.start()
+    complete([reduction])
+    reduction.wait()

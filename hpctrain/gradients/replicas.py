@@ -16,6 +16,7 @@ from torch.nn import Module
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import MachineError
 from hpctrain.gradients.ordered import OrderedReduction
+from hpctrain.gradients.reduction import reduce_
 
 #: Bounds the temporary memory of a broadcast.
 _BROADCAST_BYTES = 64 << 20
@@ -60,10 +61,7 @@ def average_buffers(comm: Communicator, model: Module) -> None:
         flat = members[0].new_zeros(-(-length // comm.world_size) * comm.world_size)
         torch.cat([buffer.reshape(-1) for buffer in members], out=flat[:length])
         # Not the engine's own sum: evaluation and checkpoints then agree bit for bit between engines as well.
-        reduction = OrderedReduction(comm, flat)
-        reduction.start()
-        reduction.proceed()
-        reduction.wait()
+        reduce_(OrderedReduction(comm, flat))
         flat.mul_(1 / comm.world_size)
         parts = torch.split(flat[:length], [buffer.numel() for buffer in members])
         for buffer, part in zip(members, parts, strict=True):

@@ -41,13 +41,14 @@ class SharedReduction(Reduction):
         if not self._is_summed and self._window.reached(self._window.posted):
             self.proceed()
 
-    def proceed(self) -> None:
+    def proceed(self) -> bool:
         if self._is_summed:
-            return
+            return False
         self._window.wait(self._window.posted)
         self._kernels.sum_rows(self._summands, self._summands[self.comm.rank])
         self._is_summed = True
         self._window.post()
+        return False
 
     def wait(self) -> None:
         self._window.wait(self._window.posted)

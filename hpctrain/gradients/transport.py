@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.comm.base import Communicator, Window
+from hpctrain.gradients.central import CentralReduction
 from hpctrain.gradients.grid import GridReduction, Shape
 from hpctrain.gradients.ordered import SUMMED_BY_KERNELS, OrderedReduction
 from hpctrain.gradients.reduction import Reduction
@@ -80,7 +81,9 @@ class Transport:
         if window is not None:
             return SharedReduction(self._comm, window, buffer, self._kernels)
         if self._kind is OrderedReduction:
-            return OrderedReduction(self._comm, buffer, scratch)
+            return OrderedReduction(self._comm, buffer, scratch, self._kernels)
+        if self._kind is CentralReduction:
+            return CentralReduction(self._comm, buffer, self._kernels)
         if self._kind is GridReduction:
             return GridReduction(self._comm, buffer, scratch, shape=self._grid)
         return self._kind(self._comm, buffer)

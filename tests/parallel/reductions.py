@@ -16,7 +16,8 @@ from hpctrain.comm.base import Communicator
 from hpctrain.errors import UserError
 from hpctrain.gradients.central import CentralReduction
 from hpctrain.gradients.grid import GridReduction
-from hpctrain.gradients.reduction import Reduction
+from hpctrain.gradients.ordered import OrderedReduction
+from hpctrain.gradients.reduction import Reduction, complete
 from hpctrain.gradients.registry import REDUCTIONS
 from hpctrain.gradients.transport import Transport
 from hpctrain.kernels.registry import kernels_for
@@ -46,8 +47,7 @@ def run(reductions: Sequence[Reduction], step: int) -> list[Tensor]:
         reduction.begin()
         reduction.buffer.copy_(gradients(comm, comm.rank, reduction.buffer.numel(), step))
         reduction.start()
-    for reduction in reductions:
-        reduction.proceed()
+    complete(reductions)
     sums = []
     for reduction in reductions:
         reduction.wait()
@@ -107,16 +107,30 @@ def check_a_grid_of_every_shape(comm: Communicator) -> None:
             verify(comm, [GridReduction(comm, buffer, shape=shape) for buffer in buffers(comm, dtype)])
 
 
-def check_central_gives_the_same_bits_on_every_engine(comm: Communicator) -> None:
+def tree_of(comm: Communicator, length: int, step: int, dtype: torch.dtype) -> Tensor:
+    """Neighbours first, in float32, rounded once: what ``ordered`` and ``central`` promise to the bit."""
+    level = list(each_rank(comm, length, step, dtype).float().unbind())
+    while len(level) > 1:
+        pairs = [level[at : at + 2] for at in range(0, len(level), 2)]
+        level = [pair[0] + pair[1] if len(pair) == 2 else pair[0] for pair in pairs]
+    return level[0].to(dtype)
+
+
+def check_ordered_and_central_give_the_same_bits_on_every_engine(comm: Communicator) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        reductions = [CentralReduction(comm, buffer) for buffer in buffers(comm, dtype)]
-        for step in range(STEPS):
-            for total in run(reductions, step):
-                level = list(each_rank(comm, total.numel(), step, dtype).float().unbind())
-                while len(level) > 1:
-                    pairs = [level[at : at + 2] for at in range(0, len(level), 2)]
-                    level = [pair[0] + pair[1] if len(pair) == 2 else pair[0] for pair in pairs]
-                assert torch.equal(total, level[0].to(dtype))
+        transport = Transport(comm, "ordered", dtype, kernels_for(comm.device))
+        shared = [transport.allocate(comm.world_size * length, dtype) for length in LENGTHS]
+        for reductions in (
+            [CentralReduction(comm, buffer) for buffer in buffers(comm, dtype)],
+            [OrderedReduction(comm, buffer) for buffer in buffers(comm, dtype)],
+            [OrderedReduction(comm, buffer, torch.empty_like(buffer)) for buffer in buffers(comm, dtype)],
+            [transport.reduction_of(buffer) for buffer in shared],
+        ):
+            for step in range(STEPS):
+                for total in run(reductions, step):
+                    assert torch.equal(total, tree_of(comm, total.numel(), step, dtype)), (dtype, reductions[0])
+            for reduction in reductions:
+                reduction.close()
 
 
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.gradients.central import CentralReduction
+from hpctrain.gradients.reduction import complete, reduce_
 from tests.unit.fake_group import FakeCommunicator, run_group
 
 LENGTH = 48
@@ -26,9 +27,7 @@ def test_the_sum_is_rounded_once(ranks: int, dtype: torch.dtype) -> None:
         reduction = CentralReduction(comm, buffer)
         for step in range(2):
             buffer.copy_(values(ranks, dtype)[comm.rank] * (step + 1))
-            reduction.start()
-            reduction.proceed()
-            reduction.wait()
+            reduce_(reduction)
         return buffer
 
     level = list(values(ranks, dtype).to(torch.promote_types(dtype, torch.float32)) * 2)
@@ -43,8 +42,7 @@ def test_all_goes_to_rank_0_and_the_sum_comes_from_it() -> None:
         reductions = [CentralReduction(comm, torch.full((length,), 1.0 + comm.rank)) for length in (4, 8)]
         for reduction in reductions:
             reduction.start()
-        for reduction in reductions:
-            reduction.proceed()
+        complete(reductions)
         for reduction in reductions:
             reduction.wait()
             assert bool((reduction.buffer == 6).all())

@@ -7,16 +7,10 @@ from hypothesis import strategies as st
 
 from hpctrain.errors import UserError
 from hpctrain.gradients.grid import GridReduction, grid_lines, grid_shape, squarest
-from hpctrain.gradients.reduction import Reduction
+from hpctrain.gradients.reduction import complete, reduce_
 from tests.unit.fake_group import FakeCommunicator, run_group
 
 LENGTH = 48
-
-
-def reduce(reduction: Reduction) -> None:
-    reduction.start()
-    reduction.proceed()
-    reduction.wait()
 
 
 @given(count=st.integers(1, 4096))
@@ -98,8 +92,7 @@ def test_the_sum_over_any_grid(ranks: int, shape: tuple[int, int] | None) -> Non
                 buffer.copy_(torch.arange(buffer.numel()) % 13 * (comm.rank + 1) + step)
             for reduction in reductions:
                 reduction.start()
-            for reduction in reductions:
-                reduction.proceed()
+            complete(reductions)
             for reduction, buffer in zip(reductions, buffers, strict=True):
                 reduction.wait()
                 expected = torch.arange(buffer.numel()) % 13 * (ranks * (ranks + 1) // 2) + ranks * step
@@ -112,7 +105,7 @@ def test_rows_are_nodes_and_only_their_shares_cross() -> None:
     hosts = ["a", "b", "c", "a", "b", "c"]
 
     def work(comm: FakeCommunicator) -> tuple[list[int], list[tuple[str, int]], list[tuple[str, int]]]:
-        reduce(GridReduction(comm, torch.ones(LENGTH)))
+        reduce_(GridReduction(comm, torch.ones(LENGTH)))
         mine = [rank for rank in range(6) if hosts[rank] == hosts[comm.rank]]
         row = comm.subgroup(mine)
         column = comm.subgroup([0, 1, 2] if comm.rank < 3 else [3, 4, 5])

@@ -221,9 +221,9 @@ def test_scales_go_on_from_a_checkpoint() -> None:
 def test_clipping_shrinks_all_gradients_by_one_factor(world_size: int, compression: str) -> None:
     def work(comm: FakeCommunicator) -> tuple[float, float, list[Tensor]]:
         model = Given(SHAPES)
-        exchange = exchange_of(comm, model, compression=compression, judge=True)
+        exchange = exchange_of(comm, model, compression=compression, norm=True)
         verdict = step_of(exchange, model, drawn(0, 0, 1.0)).verdict
-        assert verdict is not None
+        assert verdict is not None and verdict.norm is not None
         before = [w.grad.clone() for w in model.weights if w.grad is not None]
         exchange.clip_(2 * verdict.norm, verdict.norm)
         assert all(torch.equal(w.grad, g) for w, g in zip(model.weights, before, strict=True) if w.grad is not None)

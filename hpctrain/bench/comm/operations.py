@@ -25,7 +25,7 @@ from torch import Tensor
 from hpctrain.bench.comm.pattern import PERIOD, Pattern, Wrong, sent_by, summand, total
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import UserError
-from hpctrain.gradients.reduction import Reduction
+from hpctrain.gradients.reduction import Reduction, reduce_
 from hpctrain.gradients.registry import REDUCTIONS
 from hpctrain.gradients.shared import SharedReduction
 from hpctrain.kernels.registry import kernels_for
@@ -162,9 +162,7 @@ class AllReduce(Operation):
 
     def run(self) -> None:
         self._reduction.begin()
-        self._reduction.start()
-        self._reduction.proceed()
-        self._reduction.wait()
+        reduce_(self._reduction)
         if self.output is not self.buffer:
             torch.cat(list(self._reduction.parts), out=self.output)
         self._reduction.end()
