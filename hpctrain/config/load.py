@@ -27,8 +27,10 @@ NOT_HASHED = (
     "log",
     "comm",
     "checkpoint",
+    "launch",
     "data.path",
     "data.threads",
+    "data.log_samples",
     "gradients.check_every_steps",
 )
 

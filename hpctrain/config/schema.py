@@ -12,7 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from hpctrain.config.checkpoint import CheckpointConfig
 from hpctrain.config.comm import CommConfig
+from hpctrain.config.launch import LaunchConfig
 from hpctrain.config.section import (
     Counts,
     Epochs,
@@ -101,6 +103,8 @@ class DataConfig(Section):
     """share of the training set that may fail to decode before the job stops"""
     synthetic_samples: Positive = 1_281_167
     """length of the synthetic training set"""
+    log_samples: bool = False
+    """write which samples each optimizer step was trained on to samples/ of the run directory"""
 
     def conflicts(self) -> Iterator[str]:
         smallest, largest = self.crop_area
@@ -244,15 +248,6 @@ class ParallelConfig(Section):
     """number of workers; none is one a rank"""
 
 
-class CheckpointConfig(Section):
-    """What is kept, and how often."""
-
-    every_steps: Positive | None = None
-    """optimizer steps between checkpoints; none saves at the end of each epoch"""
-    keep: Positive = 3
-    """newest checkpoints kept"""
-
-
 class LogConfig(Section):
     """What is told while the run goes on."""
 
@@ -278,6 +273,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     def conflicts(self) -> Iterator[str]:
         if self.schedule.warmup_epochs > self.train.epochs:

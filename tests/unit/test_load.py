@@ -209,6 +209,7 @@ def test_the_hash_follows_what_decides_the_result_alone(base: Path) -> None:
     plain = config_hash(load_config(base))
     assert len(plain) == 64
     told = ["log.every_steps=1", "comm.engine=mpi", "data.path=/elsewhere", "data.threads=3", "checkpoint.keep=1"]
+    told += ["launch.max_requeues=3", "launch.signals=[TERM]", "data.log_samples=true", "checkpoint.mtbf_hours=24"]
     assert config_hash(load_config(base, told)) == plain
     for override in ("seed=7", "train.epochs=4", "data.loader=torch", "gradients.reduction=ordered"):
         assert config_hash(load_config(base, [override])) != plain
