@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -37,17 +38,19 @@ def to_text(report: ScalingReport) -> str:
 
 
 def _table(series: Series, worker: str) -> Table:
-    title = name_of(series)
-    table = Table(title=title[0].upper() + title[1:], title_justify="left", title_style="bold")
-    for header in ("nodes", f"{worker}s", "batch", "global", "runs", "images/s", "5 to 95 %"):
+    title = f"{name_of(series).capitalize()}{_passes(series)}"
+    # Without padding the widest of tables, 1,024 GPUs on 128 nodes, fits into 80 columns.
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    batch = f"batch a\n{worker}" if series.mode == "strong" else "global\nbatch"
+    for header in ("nodes", f"{worker}s", batch, "runs", "images/s", "5 to 95 %\nof runs"):
         table.add_column(header, justify="right")
     groups = _groups(series, worker)
     for against, _ in groups:
-        for figure in ("speed-up", "efficiency"):
-            table.add_column(f"{figure}\nto {against}", justify="right")
+        table.add_column(f"speed-up\nto {against}", justify="right")
+        table.add_column("effi-\nciency", justify="right")
     for point in series.points:
         cells = [cell for _, baseline in groups for cell in _cells(baseline, point)]
-        table.add_row(*_facts(point), *cells)
+        table.add_row(*_facts(series, point), *cells)
     return table
 
 
@@ -58,22 +61,28 @@ def _groups(series: Series, worker: str) -> list[tuple[str, Baseline]]:
         units, unit = baseline.point.units(baseline.unit), worker if baseline.unit == "workers" else "node"
         groups.append((f"{units:,} {unit}{'s' if units > 1 else ''}", baseline))
     if len(groups) == 2 and all(_cells(groups[0][1], point) == _cells(groups[1][1], point) for point in series.points):
-        return [(" =\n".join(against for against, _ in groups), groups[0][1])]
+        return [(",\n".join(against for against, _ in groups), groups[0][1])]
     return groups
 
 
-def _facts(point: Point) -> list[str]:
-    batch_per_worker, accumulation = point.runs[0].batch
+def _passes(series: Series) -> str:
+    """How a weak series' batch is made where it takes several passes; in a strong one that differs by size."""
+    batch_per_worker, accumulation = series.points[0].runs[0].batch
+    return f" ({batch_per_worker:,} x {accumulation:,})" if series.mode == "weak" and accumulation > 1 else ""
+
+
+def _facts(series: Series, point: Point) -> list[str]:
+    first = point.runs[0]
+    batch_per_worker, accumulation = first.batch
     batch = f"{batch_per_worker:,}" + (f" x {accumulation:,}" if accumulation > 1 else "")
-    spread = f"{point.p5:,.1f} to {point.p95:,.1f}" if len(point.runs) > 1 else "one run"
+    low, high = ((rate / point.rate - 1) * 100 for rate in (point.p5, point.p95))
     return [
         f"{point.size.nodes:,}",
         f"{point.size.workers:,}",
-        batch,
-        f"{point.runs[0].batch_global:,}",
+        batch if series.mode == "strong" else f"{first.batch_global:,}",
         f"{len(point.runs):,}",
-        f"{point.rate:,.1f}",
-        spread,
+        f"{point.rate:,.0f}" if point.rate >= 1000 else f"{point.rate:.4g}",
+        f"{low:+.1f} {high:+.1f}%" if len(point.runs) > 1 else "–",
     ]
 
 

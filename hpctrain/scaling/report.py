@@ -89,7 +89,7 @@ def _about_series(series: Sequence[Series]) -> Iterator[str]:
 
 
 def _about_runs(runs: Sequence[Run], series: Sequence[Series]) -> Iterator[str]:
-    for point in {point.runs: point for some in series for point in some.points}.values():
+    for point in (point for some in series for point in some.points):
         for run, deviation in outliers(point):
             yield f"{run.path} is {deviation:+.1%} off the median of its size; it is counted all the same"
     for run in left_out(runs, series):
