@@ -1,4 +1,5 @@
-# Set-up, tests and the quick start. Needs Python >= 3.11, a C++ compiler and make; nothing needs root.
+# Set-up, tests and the quick start. Needs Python >= 3.11, a C++ compiler and make; nothing needs root,
+# though `make test` as root on Debian or Ubuntu installs Slurm too (tests/cluster/install.sh).
 #
 #   make quickstart      environment, Horovod, then a two-process training run on handwritten digits
 #   make venv            .venv with pinned packages and this package (editable)
@@ -54,7 +55,10 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
+# Root on Debian gets Slurm for tests/cluster too; elsewhere those tests say what is missing.
 test: horovod lint types
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then tests/cluster/install.sh || \
+		echo "== tests/cluster/install.sh failed: see the reasons of skipped tests"; fi
 	$(BIN)/python -m pytest
 
 clean:

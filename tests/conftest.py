@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sysconfig
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Programs beside this interpreter (hpctrain, horovodrun, mpirun) are found in an environment not activated too.
@@ -22,3 +24,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("hpctrain", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("hpctrain")
+
+# What fails fastest comes first.
+_FOLDERS = ("unit", "parallel", "integration", "gpu", "cluster")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return _FOLDERS.index(folder) if folder in _FOLDERS else len(_FOLDERS)
+
+    items.sort(key=place)

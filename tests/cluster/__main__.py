@@ -1,6 +1,7 @@
 """The cluster for people.
 
 python -m tests.cluster up 4 --rate 1gbit     # a shell on the head; its end is the cluster's end
+python -m tests.cluster up 4 --slurm          # the same with Slurm: sinfo, sbatch and srun work there
 on n2 ip address                              # there: a command on a host
 ip link set n3 down                           # there: pull a cable
 python -m tests.cluster down                  # folders that killed runs have left
@@ -15,19 +16,27 @@ import subprocess
 import sys
 
 from tests.cluster.cluster import ON, Cluster, leftovers, obstacle
+from tests.cluster.slurm import Slurm, slurm_obstacle
 
 
-def up(num_hosts: int, rate: str | None) -> int:
+def up(asked: argparse.Namespace) -> int:
     """A shell on the head of a new cluster; its exit status."""
-    if reason := obstacle():
+    if reason := slurm_obstacle() if asked.slurm else obstacle():
         print(f"error: {reason}", file=sys.stderr)
         return 1
-    with Cluster(num_hosts, rate) as cluster:
-        names = ", ".join(host.name for host in cluster.hosts)
-        print(f"hosts: {names}; `on HOST COMMAND` runs a command there; shared folder: {cluster.shared}", flush=True)
-        path = f"{ON.parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-        # In this terminal's session, unlike Host.start, so that job control works.
-        return subprocess.call(cluster.head.command(["bash"]), env={**os.environ, "PATH": path, "PS1": "[head] "})
+    if not asked.slurm:
+        with Cluster(asked.hosts, asked.rate) as cluster:
+            return shell(cluster, dict(os.environ))
+    with Slurm(asked.hosts, asked.tasks, asked.rate, asked.gpus, accounting=asked.accounting) as slurm:
+        return shell(slurm.cluster, slurm.env)
+
+
+def shell(cluster: Cluster, env: dict[str, str]) -> int:
+    names = ", ".join(host.name for host in cluster.hosts)
+    print(f"hosts: {names}; `on HOST COMMAND` runs a command there; shared folder: {cluster.shared}", flush=True)
+    path = f"{ON.parent}:{env.get('PATH', '')}:/usr/sbin:/sbin"
+    # In this terminal's session, unlike Host.start, so that job control works.
+    return subprocess.call(cluster.head.command(["bash"]), env={**env, "PATH": path, "PS1": "[head] "})
 
 
 def down() -> int:
@@ -44,9 +53,13 @@ def main() -> int:
     start = commands.add_parser("up", help="bring hosts up and open a shell on the head")
     start.add_argument("hosts", type=int)
     start.add_argument("--rate", help="of each cable, as in tc(8), such as 1gbit")
+    start.add_argument("--slurm", action="store_true", help="with Slurm on them")
+    start.add_argument("--tasks", type=int, default=2, help="that a node of Slurm has room for (default 2)")
+    start.add_argument("--gpus", type=int, default=0, help="that a node of Slurm claims to have")
+    start.add_argument("--accounting", action="store_true", help="sacct works, two seconds later")
     commands.add_parser("down", help="remove what killed runs have left")
     asked = parser.parse_args()
-    return up(asked.hosts, asked.rate) if asked.command == "up" else down()
+    return up(asked) if asked.command == "up" else down()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -36,18 +37,22 @@ class Cluster:
     """``num_hosts`` hosts and a head; ``rate`` as tc(8) writes it (``1gbit``), None for as fast as the machine can.
 
     ``shared`` is a folder that all hosts have at the same path, while /tmp, /run and /dev/shm are each host's own
-    and the rest of the file system is the machine's. Raises HostError where the machine refuses.
+    and the rest of the file system is the machine's. ``prepare`` gets it before any host boots; what it puts into
+    ``etc`` there lies over each host's /etc. Raises HostError where the machine refuses.
     """
 
-    def __init__(self, num_hosts: int, rate: str | None = None) -> None:
+    def __init__(
+        self, num_hosts: int, rate: str | None = None, prepare: Callable[[Path], None] = lambda shared: None
+    ) -> None:
         if not 1 <= num_hosts < HEAD_NUMBER:
             raise ValueError(f"a cluster has 1 to {HEAD_NUMBER - 1} hosts, not {num_hosts}")
         self.rate = rate
         self.shared = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         self._names = [f"n{number}" for number in range(1, num_hosts + 1)]
         self._nodes: dict[str, Host] = {}
-        self._write_names()
         try:
+            self._write_names()
+            prepare(self.shared)
             self.head = boot("head", f"{NETWORK}.{HEAD_NUMBER}", self.shared, None)
             self._lay_switch()
             for name in self._names:

@@ -1,6 +1,6 @@
-"""When these tests run: where the machine can bring up hosts, but in CI only when HPCTRAIN_CLUSTER=1 asks for them.
+"""When these tests run: where the machine can bring up hosts; elsewhere they are skipped with the reason.
 
-Elsewhere they are skipped with the reason; when asked for, a machine that cannot is a failure.
+With CI=true a machine that cannot is a failure. What they need installs ``tests/cluster/install.sh``.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.cluster import Cluster, obstacle
+from tests.cluster.slurm import Slurm, slurm_obstacle
 
-SWITCH = "HPCTRAIN_CLUSTER"
+
+def _demand(reason: str | None) -> None:
+    if reason is None:
+        return
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"no hosts can be brought up, and in CI they must: {reason}", pytrace=False)
+    pytest.skip(f"no hosts can be brought up: {reason}")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _possible() -> None:
-    asked_for = os.environ.get(SWITCH) == "1"
-    if os.environ.get("CI") == "true" and not asked_for:
-        pytest.skip(f"the cluster's tests run in CI only with {SWITCH}=1")
-    if reason := obstacle():
-        if asked_for:
-            pytest.fail(f"{SWITCH}=1, but {reason}", pytrace=False)
-        pytest.skip(f"no hosts can be brought up: {reason}")
+    _demand(obstacle())
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +32,21 @@ def cluster(_possible: None) -> Iterator[Cluster]:
     """Four hosts with cables of 1 Gbit/s, for the tests of one file."""
     with Cluster(4, rate="1gbit") as hosts:
         yield hosts
+
+
+@pytest.fixture(scope="session")
+def _slurm_possible(_possible: None) -> None:
+    _demand(slurm_obstacle())
+
+
+@pytest.fixture(scope="module")
+def _nodes(_slurm_possible: None) -> Iterator[Slurm]:
+    with Slurm(num_nodes=4, tasks_per_node=2, rate="1gbit", accounting=True) as slurm:
+        yield slurm
+
+
+@pytest.fixture
+def slurm(_nodes: Slurm) -> Iterator[Slurm]:
+    """Four nodes for two tasks each, without jobs; the same for the tests of a file, put in order after each."""
+    yield _nodes
+    _nodes.restore()

@@ -10,12 +10,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 BOOT_SCRIPT = Path(__file__).with_name("boot.sh")
 BOOT_TIMEOUT_S = 10.0
+#: the repository and the environment of this Python, which hosts see also where they lie in a folder of their own
+_ROOT = Path(__file__).resolve().parents[2]
 _NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
 #: ip and tc are not on every user's PATH
 _SYSTEM_FOLDERS = "/usr/sbin:/sbin"
@@ -78,6 +83,19 @@ class Host:
         sent, received = self.run(["cat", *paths]).stdout.split()
         return Traffic(int(sent), int(received))
 
+    def processes(self) -> list[psutil.Process]:
+        """All that run on this host but its pid 1; the dead that nobody waited for are none."""
+        space = os.readlink(f"/proc/{self.pid}/ns/pid")
+        found = []
+        for process in psutil.process_iter():
+            try:
+                here = process.pid != self.pid and os.readlink(f"/proc/{process.pid}/ns/pid") == space
+                if here and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
     @property
     def alive(self) -> bool:
         return self._holder.poll() is None
@@ -108,7 +126,18 @@ def boot(name: str, address: str, shared: Path, head: Host | None) -> Host:
         user = [] if as_root else ["--user", "--preserve-credentials"]
         outer = ["nsenter", f"--target={head.pid}", *user, "--pid", "unshare"]
     holder = subprocess.Popen(
-        [*outer, *_NAMESPACES, "--fork", "--kill-child", "bash", str(BOOT_SCRIPT), name, str(shared)],
+        [
+            *outer,
+            *_NAMESPACES,
+            "--fork",
+            "--kill-child",
+            "bash",
+            str(BOOT_SCRIPT),
+            name,
+            str(shared),
+            str(_ROOT),
+            sys.prefix,
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -47,7 +47,18 @@ _PREFIX_OF_LAUNCHER = {
     "torchrun": _TORCHRUN,
 }
 #: variables of a launcher around the test run itself that the job must not inherit
-_FOREIGN = ("RANK", "WORLD_SIZE", "OMPI_COMM_", "PMIX_", "PMI_", "HOROVOD_", "SLURM_", "TORCHELASTIC_")
+_FOREIGN = (
+    "RANK",
+    "WORLD_SIZE",
+    "OMPI_COMM_",
+    "PMIX_",
+    "PMI_",
+    "HOROVOD_",
+    "TORCHELASTIC_",
+    "SLURM_",
+    "SBATCH_",
+    "SRUN_",
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ def run_job(
             process = subprocess.Popen(
                 argv,
                 cwd=ROOT,
-                env=_environment(env or {}, job, folder),
+                env=environment({RESULTS: folder, JOB: job, **(env or {})}),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -140,7 +151,8 @@ def run_ranks(
     return [run.results[rank] for rank in range(num_ranks)]
 
 
-def _environment(extra: Mapping[str, str], job: str, folder: str) -> dict[str, str]:
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """What a job finds set: nothing of a launcher around the tests, programs beside this Python, one thread a rank."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
     return {
         **clean,
@@ -153,8 +165,6 @@ def _environment(extra: Mapping[str, str], job: str, folder: str) -> dict[str, s
         # Ranks outnumber cores: spinning ranks would starve the one that has work.
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        RESULTS: folder,
-        JOB: job,
         **extra,
     }
 
