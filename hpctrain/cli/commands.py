@@ -12,6 +12,7 @@ import typer
 from hpctrain import __version__
 from hpctrain.cli.bench import bench_app
 from hpctrain.cli.data import data_app
+from hpctrain.cli.launch import requeue, submit
 from hpctrain.cli.options import ConfigPath, JsonFile, Overrides, ended_by_interrupt
 from hpctrain.cli.scaling import scaling_app
 from hpctrain.errors import HpctrainError
@@ -59,15 +60,18 @@ def train(
     or torchrun.
     """
     from hpctrain.config.load import load_config
+    from hpctrain.launch.preempt import Requests
 
     settings = load_config(config, overrides or [])
-    with ended_by_interrupt():
-        from hpctrain.train.main import print_plan, train_command
+    # From here on, since the imports take seconds in which a signal would end the process without a word.
+    with Requests(() if dry_run else settings.launch.signals) as requests:
+        with ended_by_interrupt():
+            from hpctrain.train.main import print_plan, train_command
 
-    if dry_run:
-        print_plan(settings)
-    else:
-        train_command(settings, config.stem, resume=resume, run_dir=run_dir)
+        if dry_run:
+            print_plan(settings)
+        else:
+            train_command(settings, config.stem, resume=resume, run_dir=run_dir, requests=requests)
 
 
 @app.command("eval")
@@ -91,6 +95,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
     report = examine()
     typer.echo(to_json(report)) if as_json else render(report)
     raise typer.Exit(report.exit_code)
+
+
+app.command()(submit)
+app.command()(requeue)
 
 
 def main() -> None:

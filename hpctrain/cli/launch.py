@@ -1,0 +1,52 @@
+"""`hpctrain submit` and `hpctrain requeue`: jobs of a Slurm cluster, from its login node and from within."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpctrain.cli.options import ConfigPath, Overrides
+
+
+def submit(
+    config: ConfigPath,
+    nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")],
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=0, help="GPUs of a node, and ranks on it (default: all that the site has)")
+    ] = None,
+    tasks_per_node: Annotated[int | None, typer.Option(min=1, help="ranks of a node, on a site without GPUs")] = None,
+    engine: Annotated[str | None, typer.Option(metavar="NAME", help="comm.engine: auto, horovod, mpi or torch")] = None,
+    array: Annotated[
+        str | None, typer.Option(metavar="0-9%1", help="tasks that take turns, where a site forbids requeueing")
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="TIME", help="limit of one start, as Slurm writes it (default: the site's)")
+    ] = None,
+    site: Annotated[
+        Path | None, typer.Option("--site", metavar="FILE", help="what the cluster gives (default: $HPCTRAIN_SITE)")
+    ] = None,
+    job_name: Annotated[str | None, typer.Option(metavar="NAME", help="default: that of the configuration")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the sbatch line and its script, and stop")] = False,
+) -> None:
+    """Submit the training of CONFIG as a Slurm job, by the script slurm/train.sbatch.
+
+    What the site cannot give is refused. A job that is preempted goes on by itself, in the same run directory.
+    """
+    from hpctrain.launch.submit import Request, prepare
+    from hpctrain.launch.submit import submit as send
+
+    request = Request(nodes, gpus_per_node, tasks_per_node, engine, array, time, job_name)
+    submission = prepare(config, overrides or [], request, site, os.environ)
+    typer.echo(submission.text() if dry_run else send(submission, os.environ))
+
+
+def requeue(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Have Slurm start the job around this command again; for job scripts, after exit status 75."""
+    from hpctrain.config.load import load_config
+    from hpctrain.launch.requeue import requeue as requeue_job
+
+    typer.echo(f"hpctrain: {requeue_job(load_config(config, overrides or []).launch, os.environ)}")
