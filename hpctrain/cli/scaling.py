@@ -7,14 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hpctrain.cli.options import JsonFile
+from hpctrain.cli.options import ConfigPath, JsonFile, Overrides
 
 scaling_app = typer.Typer(name="scaling", help="How the rate grew with the number of workers.", no_args_is_help=True)
-
-
-@scaling_app.callback()
-def _group() -> None:
-    """Without it, one command alone would take the place of its group."""
 
 
 @scaling_app.command("report")
@@ -29,3 +24,20 @@ def scaling_report(
     from hpctrain.scaling.command import scaling_report_command
 
     scaling_report_command(runs, out, json_file)
+
+
+@scaling_app.command("plan")
+def scaling_plan(
+    config: ConfigPath,
+    workers: Annotated[list[int], typer.Argument(min=1, help="the sizes, in workers (ranks, a GPU each)")],
+    overrides: Overrides = None,
+    strong: Annotated[bool, typer.Option("--strong", help="only strong scaling")] = False,
+    weak: Annotated[bool, typer.Option("--weak", help="only weak scaling")] = False,
+) -> None:
+    """Print the runs of a strong and a weak series, a line each: workers, and the batch of each of them."""
+    from hpctrain.config.load import load_config
+    from hpctrain.scaling.plan import plan_series
+
+    settings = load_config(config, overrides or [])
+    for run in plan_series(settings, "both" if strong == weak else "strong" if strong else "weak", workers):
+        typer.echo(f"{run.workers} {run.batch_per_worker}")

@@ -117,10 +117,20 @@ def _software(run: Run) -> Facts:
         "commit": f"{commit[:12]}{' with changes' if git.get('dirty') else ''}" if commit else None,
         "GPU driver": (provenance.get("gpus") or {}).get("driver"),
         "operating system": provenance.get("os"),
+        "cores a worker": _cores(run),
         "reduction": (run.record.wire.model_extra or {}).get("reduction"),
         "warm-up rule": (run.record.throughput.model_extra or {}).get("warmup_rule"),
         **{name: value for name, value in environment.items() if name.startswith(_STEERING)},
     }
+
+
+def _cores(run: Run) -> int | None:
+    """Cores of a worker: those it is bound to, or its share where the workers of a node have all in common."""
+    cpu = run.record.provenance.get("cpu") or {}
+    if "cores_available" not in cpu or not cpu.get("cores_total"):
+        return None
+    share = int(cpu["cores_total"]) * run.size.nodes // run.size.workers
+    return max(1, min(int(cpu["cores_available"]), share))
 
 
 def _collect(runs: Sequence[Run], facts: Callable[[Run], Facts]) -> Iterator[tuple[str, list[tuple[Run, Any]]]]:
