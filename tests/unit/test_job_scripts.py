@@ -25,6 +25,7 @@ JOB = {
     "SLURM_CPUS_PER_TASK": "2",
     "SLURM_CPUS_ON_NODE": "8",
 }
+VERSION = ["-m", "hpctrain", "--version"]
 GPUS = {"SLURM_GPUS_ON_NODE": "4"}
 
 
@@ -36,12 +37,12 @@ def job(tmp_path: Path) -> Path:
     Double(tmp_path / "bin", "srun")
     Double(tmp_path / "bin", "scontrol", stdout="n1\nn2\n")
     Double(tmp_path / "bin", "scancel")
-    Double(tmp_path / "bin", "hpctrain")
+    Double(tmp_path / "bin", "python")
     return tmp_path
 
 
 def environment(job: Path, more: Mapping[str, str]) -> dict[str, str]:
-    merged = {**JOB, **more, "PATH": f"{job}/bin:/usr/bin:/bin"}
+    merged = {**JOB, "PATH": f"{job}/bin:/usr/bin:/bin", **more}
     return {name: value for name, value in merged.items() if value}
 
 
@@ -96,14 +97,25 @@ def test_what_training_is_started_with(job: Path) -> None:
     assert done.returncode == 0, done.stderr
     srun = recorded(job, "srun")
     (argv,) = srun.calls
-    command = argv.index("hpctrain")
+    command = argv.index("python")
     assert set(argv[:command]) == {
         *("--kill-on-bad-exit=1", "--nodes=2", "--distribution=block", "--ntasks=8", "--ntasks-per-node=4"),
         *("--cpus-per-task=2", "--mpi=pmix"),
     }
     sets = ["--set", "train.epochs=3", "--set", "seed=2"]
     assert argv[command:] == [
-        *("hpctrain", "train", "small.yaml", *sets, "--resume", "auto", "--run-dir", "runs/small-30077"),
+        *(
+            "python",
+            "-m",
+            "hpctrain",
+            "train",
+            "small.yaml",
+            *sets,
+            "--resume",
+            "auto",
+            "--run-dir",
+            "runs/small-30077",
+        ),
     ]
     environ = srun.environ
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("n1", "15077")
@@ -171,6 +183,7 @@ def test_awkward_words_arrive_as_they_are(job: Path) -> None:
         (["small.yaml"], {"HPCTRAIN_MPI": "pmi2"}, "HPCTRAIN_MPI is pmi2, with which every rank would be a world of"),
         (["small.yaml"], {"HPCTRAIN_MODULES": "no such"}, "module load no such failed: correct HPCTRAIN_MODULES"),
         (["small.yaml"], {"HPCTRAIN_VENV": "/nowhere"}, "there is no environment in HPCTRAIN_VENV=/nowhere on node"),
+        (["small.yaml"], {"PATH": "/usr/bin:/bin"}, "python on node"),
         (["small.yaml"], {"HPCTRAIN_CONTAINER": "no.sif"}, "the container no.sif cannot be read on node"),
         (["small.yaml"], {"SLURM_GPUS_ON_NODE": "2"}, "tasks and GPUs differ, 4 and 2 a node: submit with --ntasks"),
         (
@@ -209,20 +222,20 @@ def test_a_container_is_entered_with_its_gpus(job: Path) -> None:
     assert run(job, "small.yaml", HPCTRAIN_CONTAINER="my image.sif", **GPUS).returncode == 0
     argv = recorded(job, "srun").calls[0]
     inside = argv[argv.index("apptainer") :]
-    assert inside[:7] == ["apptainer", "exec", "--nv", "--bind", str(job), "my image.sif", "hpctrain"]
+    assert inside[:7] == ["apptainer", "exec", "--nv", "--bind", str(job), "my image.sif", "python"]
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 137])
 def test_the_status_of_the_ranks_is_that_of_the_job(job: Path, status: int) -> None:
     Double(job / "bin", "srun", status=status)
     assert run(job, "small.yaml").returncode == status
-    assert not recorded(job, "hpctrain").calls
+    assert recorded(job, "python").calls == [VERSION]
 
 
 def test_a_preempted_job_is_requeued(job: Path) -> None:
     Double(job / "bin", "srun", status=75)
     assert run(job, "small.yaml", "seed=2").returncode == 75
-    assert recorded(job, "hpctrain").calls == [["requeue", "small.yaml", "--set", "seed=2"]]
+    assert recorded(job, "python").calls == [VERSION, ["-m", "hpctrain", "requeue", "small.yaml", "--set", "seed=2"]]
 
 
 def test_an_array_keeps_its_run_directory_and_stops_when_it_has_finished(job: Path) -> None:
@@ -255,4 +268,4 @@ def test_signals_are_passed_on_and_waited_for(job: Path, name: str) -> None:
     out, _ = process.communicate(timeout=60)
     assert f"{name} came" in out
     assert process.returncode == 75
-    assert recorded(job, "hpctrain").calls == [["requeue", "small.yaml"]]
+    assert recorded(job, "python").calls == [VERSION, ["-m", "hpctrain", "requeue", "small.yaml"]]
