@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -74,15 +75,25 @@ def _is_shell(path: Path) -> bool:
     return path.is_file() and path.read_bytes().startswith((b"#!/usr/bin/env bash", b"#!/bin/bash", b"#!/bin/sh"))
 
 
-def test_job_scripts_begin_alike() -> None:
+@pytest.mark.parametrize("part", ["site", "environment", "ranks"])
+def test_what_job_scripts_share_is_the_same_in_each(part: str) -> None:
     """Slurm copies a script to the node without its neighbours, so what they share stands in each."""
-    shared = {path.name: _shared_part(path) for path in SLURM.glob("*.sbatch") if "---- begin" in path.read_text()}
-    assert "train.sbatch" in shared
-    assert len(set(shared.values())) == 1
+    pattern = re.compile(rf"^# ---- begin {part}\b.*?^# ---- end {part} ----$", re.MULTILINE | re.DOTALL)
+    scripts = [*SLURM.glob("*.sbatch"), *SLURM.glob("*.sh")]
+    shared = {path.name: match[0] for path in scripts if (match := pattern.search(path.read_text()))}
+    assert "train.sbatch" in shared and len(shared) > 1
+    assert set(shared.values()) == {shared["train.sbatch"]}
 
 
-def _shared_part(path: Path) -> str:
-    return path.read_text().partition("# ---- begin")[2].partition("# ---- end")[0]
+@pytest.mark.parametrize("failing", ["config", "run directory"])
+def test_what_only_one_node_has_ends_the_job(job: Path, failing: str) -> None:
+    """The check that each node runs, run here with a path that is missing."""
+    srun = job / "bin/srun"
+    missing = "small.yaml" if failing == "config" else "runs/small-30077/.seen-by-all"
+    srun.write_text(f'#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nrm {missing}\nexec "$@"\n')
+    done = run(job, "small.yaml")
+    assert done.returncode == 2
+    assert re.search(rf"^train.sbatch: {missing} of node \S+ cannot be read on node \S+: use a file", done.stderr, re.M)
 
 
 def test_resources_are_never_in_a_script() -> None:
@@ -96,7 +107,9 @@ def test_what_training_is_started_with(job: Path) -> None:
     done = run(job, "small.yaml", "train.epochs=3", "--set", "seed=2")
     assert done.returncode == 0, done.stderr
     srun = recorded(job, "srun")
-    (argv,) = srun.calls
+    check, argv = srun.calls
+    assert {"--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=8"} < set(check)
+    assert check[-2:] == ["small.yaml", "runs/small-30077/.seen-by-all"]
     command = argv.index("python")
     assert set(argv[:command]) == {
         *("--kill-on-bad-exit=1", "--nodes=2", "--distribution=block", "--ntasks=8", "--ntasks-per-node=4"),
@@ -126,20 +139,20 @@ def test_what_training_is_started_with(job: Path) -> None:
 
 def test_ranks_see_all_gpus_of_their_node(job: Path) -> None:
     assert run(job, "small.yaml", **GPUS).returncode == 0
-    argv = recorded(job, "srun").calls[0]
+    argv = recorded(job, "srun").calls[-1]
     assert "--gpu-bind=none" in argv
     assert not [word for word in argv if word.startswith(("--gpus", "--gres"))]
 
 
 def test_without_a_number_of_tasks_a_node_has_as_many_as_gpus(job: Path) -> None:
     assert run(job, "small.yaml", SLURM_NTASKS_PER_NODE="", SLURM_CPUS_PER_TASK="", **GPUS).returncode == 0
-    argv = recorded(job, "srun").calls[0]
+    argv = recorded(job, "srun").calls[-1]
     assert (option(argv, "--ntasks"), option(argv, "--cpus-per-task")) == ("8", "2")
 
 
 def test_tasks_may_be_given_as_a_sum(job: Path) -> None:
     assert run(job, "small.yaml", SLURM_NTASKS_PER_NODE="", SLURM_NTASKS="16", SLURM_CPUS_PER_TASK="").returncode == 0
-    argv = recorded(job, "srun").calls[0]
+    argv = recorded(job, "srun").calls[-1]
     assert (option(argv, "--ntasks"), option(argv, "--cpus-per-task")) == ("16", "1")
 
 
@@ -151,7 +164,7 @@ def test_the_site_file_reaches_ranks_and_script(job: Path) -> None:
     assert done.returncode == 0, done.stderr
     srun = recorded(job, "srun")
     assert srun.environ["NCCL_DEBUG"] == "WARN"
-    (argv,) = srun.calls
+    argv = srun.calls[-1]
     assert "--mpi=none" in argv
     assert argv[argv.index("small.yaml") + 1 :][:4] == ["--set", "comm.engine=torch", "--set", "seed=2"]
     assert argv[-1] == "all runs/small-30077"
@@ -165,7 +178,7 @@ def test_awkward_words_arrive_as_they_are(job: Path) -> None:
     shutil.copy(job / "small.yaml", config)
     done = run(job, str(config), f"data.path={AWKWARD}", HPCTRAIN_RUNS="r $(touch boo)")
     assert done.returncode == 0, done.stderr
-    argv = recorded(job, "srun").calls[0]
+    argv = recorded(job, "srun").calls[-1]
     assert argv[argv.index("train") + 1 :] == [
         *(str(config), "--set", f"data.path={AWKWARD}", "--resume", "auto"),
         *("--run-dir", "r $(touch boo)/a 'b' $(touch boo)\n-30077"),
@@ -220,20 +233,25 @@ def test_what_cannot_work_ends_the_job_at_once(
 def test_a_container_is_entered_with_its_gpus(job: Path) -> None:
     (job / "my image.sif").touch()
     assert run(job, "small.yaml", HPCTRAIN_CONTAINER="my image.sif", **GPUS).returncode == 0
-    argv = recorded(job, "srun").calls[0]
+    argv = recorded(job, "srun").calls[-1]
     inside = argv[argv.index("apptainer") :]
     assert inside[:7] == ["apptainer", "exec", "--nv", "--bind", str(job), "my image.sif", "python"]
 
 
+def leaves_with(job: Path, status: int) -> None:
+    """Let srun leave so where it starts ranks, and well where it looks at the nodes."""
+    (job / "bin/srun").write_text(f"#!/bin/bash\n[[ $* == *.seen-by-all ]] || exit {status}\n")
+
+
 @pytest.mark.parametrize("status", [0, 1, 2, 137])
 def test_the_status_of_the_ranks_is_that_of_the_job(job: Path, status: int) -> None:
-    Double(job / "bin", "srun", status=status)
+    leaves_with(job, status)
     assert run(job, "small.yaml").returncode == status
     assert recorded(job, "python").calls == [VERSION]
 
 
 def test_a_preempted_job_is_requeued(job: Path) -> None:
-    Double(job / "bin", "srun", status=75)
+    leaves_with(job, 75)
     assert run(job, "small.yaml", "seed=2").returncode == 75
     assert recorded(job, "python").calls == [VERSION, ["-m", "hpctrain", "requeue", "small.yaml", "--set", "seed=2"]]
 
@@ -241,13 +259,13 @@ def test_a_preempted_job_is_requeued(job: Path) -> None:
 def test_an_array_keeps_its_run_directory_and_stops_when_it_has_finished(job: Path) -> None:
     done = run(job, "small.yaml", SLURM_ARRAY_JOB_ID="30070")
     assert done.returncode == 0
-    assert recorded(job, "srun").calls[0][-1] == "runs/small-30070"
+    assert recorded(job, "srun").calls[-1][-1] == "runs/small-30070"
     assert recorded(job, "scancel").calls == [["--state=PENDING", "30070"]]
 
 
 def test_a_run_directory_can_be_gone_on_in(job: Path) -> None:
     assert run(job, "small.yaml", HPCTRAIN_RUN_DIR="runs/small-1").returncode == 0
-    assert recorded(job, "srun").calls[0][-1] == "runs/small-1"
+    assert recorded(job, "srun").calls[-1][-1] == "runs/small-1"
 
 
 @pytest.mark.parametrize("name", ["USR1", "USR2", "TERM"])
@@ -255,7 +273,8 @@ def test_signals_are_passed_on_and_waited_for(job: Path, name: str) -> None:
     """A rank needs its time after the signal: it writes a checkpoint and leaves with 75."""
     srun = job / "bin/srun"
     srun.write_text(
-        f"#!/bin/bash\ntrap 'sleep 0.5; echo {name} came; exit 75' {name}\ntouch ready\n"
+        "#!/bin/bash\n[[ $* != *.seen-by-all ]] || exit 0\n"
+        f"trap 'sleep 0.5; echo {name} came; exit 75' {name}\ntouch ready\n"
         "for ((i = 0; i < 600; i++)); do sleep 0.1; done\n"
     )
     process = subprocess.Popen(
@@ -269,3 +288,38 @@ def test_signals_are_passed_on_and_waited_for(job: Path, name: str) -> None:
     assert f"{name} came" in out
     assert process.returncode == 75
     assert recorded(job, "python").calls == [VERSION, ["-m", "hpctrain", "requeue", "small.yaml"]]
+
+
+def test_allreduce_measures_over_the_whole_job(job: Path) -> None:
+    done = run(job, "--max-size", "64 MiB", script=SLURM / "allreduce.sbatch", HPCTRAIN_ENGINE="mpi")
+    assert done.returncode == 0, done.stderr
+    (argv,) = recorded(job, "srun").calls
+    assert "--ntasks=8" in argv and "--kill-on-bad-exit=1" in argv
+    asked = ["--set", "comm.engine=mpi", "--max-size", "64 MiB", "--json", "runs/allreduce-30077.json"]
+    assert argv[argv.index("python") :] == ["python", "-m", "hpctrain", "bench", "comm", *asked]
+
+
+def test_imagenet_is_packed_from_its_three_archives_and_verified(job: Path) -> None:
+    archives = job / "the archives"
+    archives.mkdir()
+    names = ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"]
+    for name in names[:2]:
+        (archives / name).touch()
+    arguments = (str(archives), "packed set")
+    missing = run(job, *arguments, script=SLURM / "prepare_imagenet.sh")
+    assert missing.returncode == 2
+    assert f"{archives}/{names[2]} cannot be read: get it from image-net.org" in missing.stderr
+    (archives / names[2]).touch()
+    assert run(job, *arguments, script=SLURM / "prepare_imagenet.sh").returncode == 0
+    assert recorded(job, "python").calls == [
+        VERSION,
+        ["-m", "hpctrain", "data", "pack", "--ilsvrc", *(f"{archives}/{name}" for name in names), "packed set"],
+        ["-m", "hpctrain", "data", "verify", "packed set", "--jobs", "2"],
+    ]
+    assert "two arguments are wanted" in run(job, script=SLURM / "prepare_imagenet.sh").stderr
+
+
+def test_installing_wants_the_checkout(job: Path) -> None:
+    done = run(job, script=SLURM / "install.sbatch")
+    assert done.returncode == 2
+    assert done.stderr.endswith("is not hpctrain's checkout: submit this script there, or name it with HPCTRAIN_HOME\n")
