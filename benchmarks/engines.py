@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.ranks import launcher_of, missing_launcher, parser, run
 from hpctrain.bench.command import write_result
-from hpctrain.doctor import examine
+from hpctrain.doctor.machine import examine
 from hpctrain.metrics.provenance import Provenance
 
 ENGINES = ("horovod", "mpi", "torch", "serial")
