@@ -25,9 +25,10 @@ from hpctrain.optim.build import build_optimizer
 from hpctrain.train.build import build_feeds, build_net
 from hpctrain.train.journal import Journal
 from hpctrain.train.loop import Loop
-from hpctrain.train.main import open_sinks
 from hpctrain.train.parts import Parts
+from hpctrain.train.run import open_sinks
 from hpctrain.train.rundir import RunDirectory
+from hpctrain.train.saver import Saver
 from hpctrain.train.session import Session
 from hpctrain.train.state import Progress
 
@@ -57,7 +58,8 @@ def make_loop(parts: Parts, dataset: Dataset, session: Session, folder: Path) ->
     run = RunDirectory(folder)
     sinks = open_sinks(parts.config, run, progress) if parts.comm.rank == 0 else []
     journal = Journal(parts, feeds, SilentDisplay(), sinks)
-    return Loop(parts, progress, feeds.train_batches(progress), feeds.evaluate, journal, run, saved_step=0)
+    saver = Saver(parts, run.checkpoints, progress.step)
+    return Loop(parts, progress, feeds.train_batches(progress), feeds.evaluate, journal, run, saver, session.turns)
 
 
 def ready_batches(parts: Parts, dataset: Dataset, session: Session) -> list[Ready]:

@@ -15,7 +15,7 @@ from hpctrain.cli.data import data_app
 from hpctrain.cli.launch import requeue, submit
 from hpctrain.cli.options import ConfigPath, JsonFile, Overrides, ended_by_interrupt
 from hpctrain.cli.scaling import scaling_app
-from hpctrain.errors import HpctrainError
+from hpctrain.errors import HpctrainError, UserError
 
 app = typer.Typer(
     name="hpctrain",
@@ -88,13 +88,46 @@ def evaluate(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """Tell what each engine and loader needs and has; exit 0 when `auto` would work."""
-    from hpctrain.doctor import examine, render, to_json
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="with --job: the YAML recipe that is to be trained")] = None,
+    overrides: Overrides = None,
+    job: Annotated[bool, typer.Option("--job", help="look at the whole job that these ranks are in")] = False,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="DIR", help="with --job: see that all hosts share it")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Tell what each engine and loader needs and has; exit 0 when `auto` would work.
+
+    With --job, behind srun, mpirun or horovodrun in an allocation: where each rank runs, what is wrong with that,
+    and which node is slow or broken; with --run-dir the figures are left there in preflight.json.
+    """
+    if job:
+        _doctor_job(config, overrides or [], run_dir, as_json)
+        return
+    if config is not None or overrides or run_dir is not None:
+        raise UserError(
+            "a configuration, --set and --run-dir are for `hpctrain doctor --job`: add --job, or leave them out"
+        )
+    from hpctrain.doctor.machine import examine, render, to_json
 
     report = examine()
     typer.echo(to_json(report)) if as_json else render(report)
     raise typer.Exit(report.exit_code)
+
+
+def _doctor_job(config: Path | None, overrides: list[str], run_dir: Path | None, as_json: bool) -> None:
+    from hpctrain.config.load import load_config
+
+    if config is None:
+        raise UserError(
+            "doctor --job looks at what training will meet: name its configuration, such as configs/imagenet.yaml"
+        )
+    settings = load_config(config, overrides)
+    with ended_by_interrupt():
+        from hpctrain.doctor.job import job_command
+
+    job_command(settings, run_dir, as_json=as_json)
 
 
 app.command()(submit)

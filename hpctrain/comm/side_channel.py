@@ -23,6 +23,7 @@ from hpctrain.errors import MachineError
 _CONNECT_TIMEOUT_S = 30.0
 _TRY_TIMEOUT_S = 3.0
 _CLAIM, _WORDS, _ACKS, _LEFT = "claim", "words", "acks", "left"
+_PROPOSAL, _PROMISES, _LAST_TURN = "proposal", "promises", "last-turn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class SideChannel:
     """One rank's client of the store; for a job of one rank there is none, and nobody to call.
 
     Every call may block while rank 0's host hangs, and raises RuntimeError when the server is gone: only ``Watch``
-    calls them, from a thread that may.
+    and ``Turns`` call them, from threads that may.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int, server_host: str) -> None:
@@ -114,6 +115,24 @@ class SideChannel:
     def wait_acknowledged(self, timeout_s: float) -> None:
         """Return when all others have read the last words; on rank 0 the store lives until then."""
         self._wait_counted(_ACKS, self.world_size - 1, timeout_s)
+
+    def propose(self, reason: str) -> None:
+        """Propose to stop; of several proposals the first counts."""
+        self._store.compare_set(_PROPOSAL, "", reason)
+
+    def proposal(self) -> str | None:
+        return self._store.get(_PROPOSAL).decode() if self._store.check([_PROPOSAL]) else None
+
+    def promise(self, turns: int) -> None:
+        """Tell, once, how many turns this rank has begun and will not exceed by itself."""
+        self._store.set(f"promise/{self.rank}", str(turns))
+        if self._store.add(_PROMISES, 1) == self.world_size:
+            promises = self._store.multi_get([f"promise/{rank}" for rank in range(self.world_size)])
+            self._store.set(_LAST_TURN, str(max(map(int, promises))))
+
+    def agreed(self) -> int | None:
+        """The highest promise, when all ranks have made theirs."""
+        return int(self._store.get(_LAST_TURN)) if self._store.check([_LAST_TURN]) else None
 
     def leave(self, timeout_s: float) -> None:
         """Say that this rank has come to a good end; rank 0 stays until all have, or for ``timeout_s``."""

@@ -36,6 +36,7 @@ class Plan:
     last_batch: Literal["drop", "pad"]
     #: none stands for the end of each epoch
     checkpoint_every_steps: int | None
+    checkpoint_mtbf_hours: float | None
     schedule: Schedule
 
     @property
@@ -91,11 +92,11 @@ class Plan:
             "samples_padded": self.samples_padded,
             "lr": {"start": self.lr_start, "peak": self.lr_peak, "end": self.lr_end},
             "checkpoint_every_steps": self.checkpoint_every_steps,
+            "checkpoint_mtbf_hours": self.checkpoint_mtbf_hours,
         }
 
     def describe(self) -> list[tuple[str, str]]:
         """The plan for people: rows of a name and a value."""
-        every = self.checkpoint_every_steps
         remainder = (
             f"{self.samples_padded:,} padded" if self.last_batch == "pad" else f"{self.samples_dropped:,} dropped"
         )
@@ -113,8 +114,14 @@ class Plan:
             ("total steps", f"{self.total_steps:,} ({self.total_steps / self.steps_per_epoch:.4g} epochs)"),
             ("learning rate at start, peak, end", f"{self.lr_start:.4g}, {self.lr_peak:.4g}, {self.lr_end:.4g}"),
             ("warm-up", f"{self.schedule.warmup_steps:,} steps, then {self.schedule.kind}"),
-            ("checkpoints", f"every {every:,} steps" if every else "at the end of each epoch"),
+            ("checkpoints", self._checkpoints()),
         ]
+
+    def _checkpoints(self) -> str:
+        if self.checkpoint_mtbf_hours is not None:
+            return f"as often as pays with a failure every {self.checkpoint_mtbf_hours:g} hours"
+        every = self.checkpoint_every_steps
+        return f"every {every:,} steps" if every else "at the end of each epoch"
 
 
 def make_plan(
@@ -150,6 +157,7 @@ def make_plan(
         total_steps=min(scheduled_steps, config.train.max_steps or scheduled_steps),
         last_batch=config.train.last_batch,
         checkpoint_every_steps=config.checkpoint.every_steps,
+        checkpoint_mtbf_hours=config.checkpoint.mtbf_hours,
         schedule=_schedule(config, batch_global, steps_per_epoch, scheduled_steps),
     )
 

@@ -1,4 +1,5 @@
-"""JSON that any reader accepts, and files that are whole or absent: what records and logs are written with.
+"""JSON that any reader accepts, files that are whole or absent, and logs whose flushed lines survive a crash: what
+records and logs are written with.
 
 It knows no key of any file; those are in ``steplog`` and ``record``.
 """
@@ -8,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpctrain.errors import MachineError
+from hpctrain.errors import MachineError, UserError
+
+_BLOCK_BYTES = 1 << 16
 
 
 def to_json_value(value: Any) -> Any:
@@ -62,3 +65,73 @@ def write_atomic(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+class DurableLog:
+    """Appends lines of JSON to ``path``, after what is there; a torn last line is cut off first.
+
+    Every method raises MachineError when the system refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = path.open("ab")
+            self._stream.truncate(_whole_lines_bytes(path))
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+    def append(self, value: Any) -> None:
+        """Add a line, which a crash may take until it was flushed."""
+        try:
+            self._stream.write(encode_line(value))
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+
+    def flush(self) -> None:
+        """Return when all lines are on the disk."""
+        try:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+
+    def close(self) -> None:
+        """Close the file; further calls do nothing."""
+        try:
+            self._stream.close()
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a ``DurableLog``, in order, one in memory at a time; a torn last line is left out.
+
+    Raises UserError when the file cannot be read or another line is damaged.
+    """
+    number = 0
+    try:
+        with path.open("rb") as stream:
+            for row in stream:
+                number += 1
+                if row.endswith(b"\n"):
+                    yield json.loads(row)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name the folder of a run that wrote it") from error
+    except ValueError as error:
+        raise UserError(f"line {number} of {path} is damaged; restore the file from a copy") from error
+
+
+def _whole_lines_bytes(path: Path) -> int:
+    """Bytes up to and with the last newline."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        while size:
+            start = max(0, size - _BLOCK_BYTES)
+            stream.seek(start)
+            newline = stream.read(size - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            size = start
+    return 0

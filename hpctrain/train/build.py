@@ -162,5 +162,6 @@ def build_feeds(parts: Parts, dataset: Dataset, session: Session, progress: Prog
 
     def alive() -> None:
         session.watch.beat(progress.step, "eval")
+        session.turns.begin()
 
     return Feeds(parts, dataset, loader_of(dataset.train), loader_of(dataset.val), choose(config.data.loader)[1], alive)

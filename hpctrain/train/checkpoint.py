@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hpctrain.errors import MachineError, UserError
@@ -50,18 +51,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for leftover in folder.glob(f".{_PREFIX}*.partial"):  # of a save that was killed
             shutil.rmtree(leftover)
         partial.mkdir()
-        files = {f"{group}.safetensors": _pack(tensors) for group, tensors in checkpoint.tensors.items()}
-        manifest: dict[str, Any] = {
-            "schema": SCHEMA,
-            "step": checkpoint.step,
-            "files": {name: _describe(content) for name, content in files.items()},
-            "numbers": checkpoint.numbers,
-        }
-        manifest["sha256"] = _digest_of(manifest)
-        for name, content in files.items():
-            _write_durably(partial / name, content)
-        _write_durably(partial / _MANIFEST, json.dumps(manifest, indent=1).encode())
-        _sync_folder(partial)
+        _fill(partial, checkpoint)
         if final.exists():  # the same step again, after a resume from an older checkpoint
             shutil.rmtree(final)
         os.rename(partial, final)
@@ -70,10 +60,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         first = known.index(final)
         for other in known[:first] + known[first + keep :]:
             shutil.rmtree(other)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise MachineError(
-            f"cannot write checkpoint {final}: {error.strerror or error}; make room and go on with --resume auto"
+            f"cannot write checkpoint {final}: {reason}; make room and go on with --resume auto"
         ) from error
     return final
 
@@ -124,8 +115,37 @@ def _unusable(path: Path, reason: str) -> UserError:
     return UserError(f"checkpoint {path} is not usable: {reason}; resume from an older one or start a new run")
 
 
-def _pack(tensors: dict[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+def _fill(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the files of ``checkpoint`` into ``folder``, durably."""
+    groups = {f"{group}.safetensors": tensors for group, tensors in checkpoint.tensors.items()}
+    files = {name: _write_tensors(folder / name, tensors) for name, tensors in groups.items()}
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "step": checkpoint.step,
+        "files": files,
+        "numbers": checkpoint.numbers,
+    }
+    manifest["sha256"] = _digest_of(manifest)
+    with open(folder / _MANIFEST, "wb") as file:
+        file.write(json.dumps(manifest, indent=1).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write a group durably and describe the file.
+
+    safetensors writes from the tensors' own memory without the interpreter's lock, which packing them into bytes
+    first would hold for as long as that takes, and the steps that go on meanwhile with it.
+    """
+    packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(packed, path)
+    # It makes files for their owner alone; the folder was made with the rights that the user's mask leaves.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _describe(content: bytes) -> dict[str, Any]:
@@ -134,13 +154,6 @@ def _describe(content: bytes) -> dict[str, Any]:
 
 def _digest_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_folder(path: Path) -> None:

@@ -6,16 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-
-from hpctrain.comm.agree import on_rank_zero
+from hpctrain.comm.turns import Turns
 from hpctrain.data.types import Batch
 from hpctrain.gradients.replicas import average_buffers, check_replicas
-from hpctrain.train.checkpoint import TensorGroups, save_checkpoint
-from hpctrain.train.journal import Journal, not_finite
+from hpctrain.train.journal import Journal
 from hpctrain.train.parts import Parts
-from hpctrain.train.resume import capture
 from hpctrain.train.rundir import RunDirectory
+from hpctrain.train.saver import Saver
 from hpctrain.train.state import Evaluation, Progress
 from hpctrain.train.step import train_step
 
@@ -30,21 +27,25 @@ class Loop:
     evaluate: Callable[[], Evaluation]
     journal: Journal
     run: RunDirectory
-    saved_step: int
+    saver: Saver
+    turns: Turns
 
     def train(self) -> str:
-        """Train until there is a reason to stop, and return it."""
-        parts, progress = self.parts, self.progress
-        every = parts.config.checkpoint.every_steps
+        """Train until there is a reason to stop, and return it.
+
+        Raises Stopped, between two steps or within an evaluation, where the ranks were asked to end before that; the
+        evaluation is done again by the launch that goes on.
+        """
+        progress, saver = self.progress, self.saver
         while (reason := self.reason_to_stop()) is None:
             while self._steps_left():
                 self.step()
-                if self._due(every) and self._steps_left():
+                if saver.due(progress.step) and self._steps_left():
                     self.save()
             self._evaluate()
-            if not parts.plan.steps_left_in_epoch(progress.position):
+            if not self.parts.plan.steps_left_in_epoch(progress.position):
                 progress.next_epoch()
-            if every is None or self._due(every):
+            if saver.at_epochs_end or saver.due(progress.step):
                 self.save()
         return reason
 
@@ -55,6 +56,7 @@ class Loop:
 
     def step(self) -> None:
         """One optimizer step, and what belongs to it: the clock, the log and the comparison of replicas when due."""
+        self.turns.begin()
         parts, progress = self.parts, self.progress
         parts.clock.step(progress.step)
         loss = train_step(parts, self.batches, progress.step)
@@ -67,8 +69,8 @@ class Loop:
         if self._due(parts.config.gradients.check_every_steps):
             check_replicas(parts.comm, parts.model.named_parameters())
 
-    def _due(self, every: int | None) -> bool:
-        return every is not None and self.progress.step % every == 0
+    def _due(self, every: int) -> bool:
+        return self.progress.step % every == 0
 
     def _evaluate(self) -> None:
         """Judge the model where ``train.eval_every_epochs`` asks for it, and at the end of the run."""
@@ -80,6 +82,7 @@ class Loop:
             return
         self.parts.clock.enter("eval")
         average_buffers(self.parts.comm, self.parts.model)
+        progress.owes_evaluation = True
         started = time.perf_counter()
         result = self.evaluate()
         self.journal.evaluation(progress, result, time.perf_counter() - started)
@@ -88,7 +91,7 @@ class Loop:
     def reason_to_stop(self) -> str | None:
         """What ends the run here, or None; equal on all ranks, since steps and evaluations are."""
         progress, train = self.progress, self.parts.config.train
-        if progress.step >= self.parts.plan.total_steps:
+        if progress.step >= self.parts.plan.total_steps and not progress.owes_evaluation:
             return "finished"
         if progress.target_reached(train.target_accuracy):
             return f"target accuracy {train.target_accuracy} reached"
@@ -98,28 +101,8 @@ class Loop:
         return None
 
     def save(self) -> None:
-        """Write a checkpoint of this step, once. Collective; nothing that is not finite is ever saved."""
-        parts, progress = self.parts, self.progress
-        if self.saved_step == progress.step:
-            return
-        self.journal.log(progress)
-        parts.clock.enter("checkpoint")
-        check_replicas(parts.comm, parts.model.named_parameters())
-        average_buffers(parts.comm, parts.model)
-        checkpoint = capture(parts, progress)
-        if not all_finite(checkpoint.tensors):
-            lr = parts.plan.schedule.lr_at(progress.step - 1)
-            raise not_finite("model or the optimizer's state", self.saved_step + 1, progress.step, lr)
-        on_rank_zero(
-            parts.comm,
-            lambda: str(save_checkpoint(self.run.checkpoints, checkpoint, parts.config.checkpoint.keep)),
-        )
-        self.saved_step = progress.step
-
-
-@torch.no_grad()
-def all_finite(groups: TensorGroups) -> bool:
-    """Whether every number of a checkpoint's tensors is finite."""
-    sums = [tensor.sum() for tensors in groups.values() for tensor in tensors.values() if tensor.is_floating_point()]
-    # An optimizer may count its steps on the host.
-    return bool(torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all())
+        """Save this step, once. Collective."""
+        if self.saver.saved_step != self.progress.step:
+            self.journal.log(self.progress)
+            self.parts.clock.enter("checkpoint")
+            self.saver.save(self.progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from hpctrain.comm import horovod_settings
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.registry import choose, create
 from hpctrain.comm.side_channel import SideChannel
+from hpctrain.comm.turns import Turns
 from hpctrain.comm.watch import Watch
 from hpctrain.config.comm import CommConfig
 from hpctrain.errors import UserError
@@ -31,6 +32,7 @@ class Session:
 
     comm: Communicator
     watch: Watch
+    turns: Turns
     cores: int
     engine_reason: str
 
@@ -64,9 +66,15 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def never() -> None:
+    """Ask for no end."""
+
+
 @contextmanager
-def open_session(config: CommConfig, device: str) -> Iterator[Session]:
+def open_session(config: CommConfig, device: str, asked: Callable[[], str | None] = never) -> Iterator[Session]:
     """Join the job that the launcher describes; leave it when the block ends, however it ends.
+
+    ``asked`` is called about once a second, or once a turn where there is one rank: a reason for this rank to stop.
 
     An exception that leaves the block ends the job on all ranks (``hpctrain.comm.abort``).
     """
@@ -79,12 +87,15 @@ def open_session(config: CommConfig, device: str) -> Iterator[Session]:
     comm = create(name, topology, chosen, max(config.timeout_s, config.startup_timeout_s) + _ENGINE_GRACE_S)
     channel = SideChannel.open(comm)
     watch = Watch(channel, comm, config.timeout_s, config.startup_timeout_s)
+    turns = Turns(channel, comm.topology, asked)
     with watch.guard():
+        turns.start()
         bindings = comm.all_gather_object(own_binding(comm.topology.host))
         cores = cores_of(comm.rank, bindings)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(cores)
-        yield Session(comm, watch, cores, reason + horovod_settings.remark(name))
+        yield Session(comm, watch, turns, cores, reason + horovod_settings.remark(name))
         comm.barrier()
+    turns.close()
     watch.close()
     comm.close()

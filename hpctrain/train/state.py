@@ -34,6 +34,8 @@ class Progress:
     best_gain: float | None = None
     evaluations_without_gain: int = 0
     evaluation: dict[str, float] | None = None
+    #: an evaluation has begun and was not finished
+    owes_evaluation: bool = False
     #: elements that rounding to the wire's type spoilt in the steps that were counted, and steps left out
     wire: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*ROUNDING, "skipped_steps"), 0))
     #: a line for each sample that could not be decoded, on whichever rank, in the order they were found
@@ -53,6 +55,7 @@ class Progress:
     def take(self, result: Evaluation, stopping: EarlyStoppingConfig | None) -> None:
         """Note an evaluation, and how long the monitored figure has not improved."""
         self.evaluation = asdict(result)
+        self.owes_evaluation = False
         if stopping is None:
             return
         gain = result.top1 if stopping.monitor == "val_top1" else -result.loss

@@ -20,16 +20,19 @@ from hpctrain.cli import main
 from hpctrain.comm.agree import on_rank_zero
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.serial import SerialCommunicator
+from hpctrain.comm.turns import Turns
 from hpctrain.config.plan import Plan, make_plan
 from hpctrain.config.schema import Config
 from hpctrain.data.types import Batch, Loader, Request
+from hpctrain.launch.preempt import Requests
 from hpctrain.topology.ranks import Topology
 from hpctrain.train import build, summary
 from hpctrain.train.build import build_parts
-from hpctrain.train.main import train, train_command
+from hpctrain.train.main import train_command
 from hpctrain.train.parts import Parts
+from hpctrain.train.run import train
 from hpctrain.train.rundir import RunDirectory
-from hpctrain.train.session import Session
+from hpctrain.train.session import Session, never
 from tests.unit.fake_group import FakeCommunicator, run_group
 
 #: what differs between two equal runs: clocks and memory
@@ -78,7 +81,13 @@ def alone() -> SerialCommunicator:
 def session_of(comm: Communicator) -> Session:
     """A session that nobody watches over."""
     watch: Any = SimpleNamespace(beat=lambda step, phase: None)
-    return Session(comm, watch, cores=1, engine_reason="a test")
+    return Session(comm, watch, unasked(comm), cores=1, engine_reason="a test")
+
+
+def unasked(comm: Communicator) -> Turns:
+    """Turns that nobody asks to stop."""
+    board: Any = None  # never looked at: no thread is started
+    return Turns(board, comm.topology, never)
 
 
 def plan_of(config: Config, world_size: int = 1, val_samples: int = 4) -> Plan:
@@ -121,7 +130,7 @@ def run_on(world_size: int, config: Config, folder: Path, resume: str = "auto") 
         run = RunDirectory(folder)
         on_rank_zero(comm, run.open)
         try:
-            train(config, session_of(comm), run, resume, "test")
+            train(config, session_of(comm), run, resume, "test", Requests())
         finally:
             run.close()
 

@@ -10,9 +10,10 @@ import torch
 
 from hpctrain.errors import MachineError, UserError
 from hpctrain.train import loop as module
+from hpctrain.train import saver
 from hpctrain.train.build import Feeds
 from hpctrain.train.checkpoint import list_checkpoints, load_checkpoint
-from hpctrain.train.loop import all_finite
+from hpctrain.train.saver import all_finite
 from hpctrain.train.state import Evaluation
 from tests.unit.small_runs import lines_of, recipe, run_here, run_on, saved_steps
 
@@ -151,7 +152,8 @@ def test_replicas_that_differ_are_not_saved(tmp_path: Path, monkeypatch: pytest.
 
 def test_replicas_are_compared_between_checkpoints_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(module, "check_replicas", lambda comm, named: asked.append(len(list(named))))
+    for asking in (module, saver):
+        monkeypatch.setattr(asking, "check_replicas", lambda comm, named: asked.append(len(list(named))))
     run_here(
         recipe(gradients={"check_every_steps": 5}, train={"max_steps": 20}, checkpoint={"every_steps": 20}), tmp_path
     )

@@ -12,8 +12,9 @@ import pytest
 from hpctrain.config.load import load_config
 from hpctrain.config.schema import Config
 from hpctrain.errors import UserError
-from hpctrain.train.main import check_same_config, evaluate_checkpoint
+from hpctrain.train.main import evaluate_checkpoint
 from hpctrain.train.resume import find_checkpoint
+from hpctrain.train.run import check_same_config
 from hpctrain.train.state import Evaluation
 from tests.unit.fake_group import FakeCommunicator, run_group
 from tests.unit.image_folders import image_folder

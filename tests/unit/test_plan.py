@@ -114,6 +114,8 @@ def test_the_plan_is_told_in_rows() -> None:
     padded = dict(plan_of({"train": {"last_batch": "pad"}}).describe())
     assert padded["training samples"] == "1,000 (24 padded an epoch)"
     assert padded["checkpoints"] == "at the end of each epoch"
+    rare = dict(plan_of({"checkpoint": {"mtbf_hours": 36}}).describe())
+    assert rare["checkpoints"] == "as often as pays with a failure every 36 hours"
 
 
 def test_the_model_gets_the_larger_number_of_classes() -> None:

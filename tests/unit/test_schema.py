@@ -54,7 +54,10 @@ def test_a_configuration_cannot_be_changed() -> None:
         ({"schedule": {"milestones": [30, 20]}}, "milestones are [30.0, 20.0], but must rise"),
         ({"schedule": {"kind": "step", "warmup_epochs": 40}}, "lies within the warm-up of 40 epochs"),
         ({"schedule": {"final_lr": 1.0}}, "final_lr is 1, above lr (0.1), but cosine falls"),
-        ({"checkpoint": {"every_steps": 10, "mtbf_hours": 24.0}}, "every_steps is 10 and mtbf_hours is 24, but only one"),
+        (
+            {"checkpoint": {"every_steps": 10, "mtbf_hours": 24.0}},
+            "every_steps is 10 and mtbf_hours is 24, but only",
+        ),
         ({"launch": {"signals": ["USR1", "TERM", "USR1"]}}, "signals names USR1 2 times: name it once"),
         ({"schedule": {"warmup_epochs": 91}}, "longer than the training of 90 epochs"),
     ],

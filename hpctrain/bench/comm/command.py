@@ -21,7 +21,7 @@ from hpctrain.config.schema import Config
 from hpctrain.errors import UserError
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.topology.ranks import detect
-from hpctrain.train.main import check_same_config
+from hpctrain.train.run import check_same_config
 from hpctrain.train.session import Session, open_session
 
 SCHEMA = 1

@@ -1,0 +1,89 @@
+"""``launches.jsonl``: how often a run was taken up, where, and how each of these launches was left.
+
+Written by rank 0. A launch that has a beginning and no end was killed or failed. What the numbers are good for: the
+record counts restarts and preemptions, and the sample log tells by them which steps were done again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hpctrain.metrics.jsonfiles import DurableLog, read_log
+
+FILE = "launches.jsonl"
+_SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch: the step it went on from, and its ranks. ``write_s`` is its longest write of a checkpoint."""
+
+    number: int
+    step: int
+    world_size: int
+    train_samples: int
+    preempted: bool = False
+    write_s: float = 0.0
+
+
+class Launches:
+    """The launches of a run directory, this one included as soon as it has begun."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / FILE
+
+    def begin(self, step: int, world_size: int, train_samples: int, environ: Mapping[str, str] = os.environ) -> int:
+        """Note durably that training goes on from ``step``; returns the launch's number, from 0."""
+        number = len(read_launches(self._path.parent))
+        slurm = {name.lower(): environ[name] for name in _SLURM if name in environ}
+        counts = {"step": step, "world_size": world_size, "train_samples": train_samples}
+        self._append({"launch": number, "event": "begin", **counts, "time": _now(), **slurm})
+        return number
+
+    def end(self, number: int, step: int, reason: str, *, preempted: bool, write_s: float) -> None:
+        """Note how launch ``number`` ended, in order."""
+        figures = {"step": step, "reason": reason, "preempted": preempted, "write_s": write_s}
+        self._append({"launch": number, "event": "end", **figures, "time": _now()})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        log = DurableLog(self._path)
+        try:
+            log.append(line)
+            log.flush()
+        finally:
+            log.close()
+
+
+def read_launches(run_dir: Path) -> list[Launch]:
+    """In order; empty for a run directory that has none. Raises UserError for a damaged file."""
+    path = run_dir / FILE
+    if not path.exists():
+        return []
+    begun: list[dict[str, Any]] = []
+    ends: dict[int, dict[str, Any]] = {}
+    for line in read_log(path):
+        if line["event"] == "begin":
+            begun.append(line)
+        else:
+            ends[line["launch"]] = line
+    return [_launch(line, ends.get(line["launch"], {})) for line in begun]
+
+
+def _launch(begin: Mapping[str, Any], end: Mapping[str, Any]) -> Launch:
+    return Launch(
+        begin["launch"],
+        begin["step"],
+        begin["world_size"],
+        begin["train_samples"],
+        end.get("preempted", False),
+        end.get("write_s", 0.0),
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

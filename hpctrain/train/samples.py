@@ -1,0 +1,91 @@
+"""The sample log: which samples each rank was trained on in which optimizer step, and what became of it.
+
+``samples/<rank>.jsonl`` holds a line a step: the launch (``launches.jsonl``), the step counted from 0, the epoch, and
+the ids shown, padding left out. Lines are on the disk before the checkpoint that covers their steps has its name. A
+step that was done again after a kill stands there twice, under two launches; only the later one is part of the
+model's history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpctrain.data.types import Batch
+from hpctrain.errors import UserError
+from hpctrain.metrics.jsonfiles import DurableLog, read_log
+from hpctrain.train.checkpoint import list_checkpoints
+from hpctrain.train.launches import Launch, read_launches
+
+FOLDER = "samples"
+
+
+class SampleLog:
+    """One rank's log of one launch."""
+
+    def __init__(self, run_dir: Path, rank: int, launch: int) -> None:
+        self._log = DurableLog(run_dir / FOLDER / f"{rank}.jsonl")
+        self._launch = launch
+
+    def noting(self, batches: Iterator[Batch], first_step: int, accumulation: int) -> Iterator[Batch]:
+        """``batches`` as they are, each step noted when its last micro-batch is taken."""
+        step, ids = first_step, []
+        for batch in batches:
+            ids.append(batch.sample_ids[: batch.request.valid])
+            if len(ids) == accumulation:
+                shown = np.concatenate(ids).tolist()
+                self._log.append({"launch": self._launch, "step": step, "epoch": batch.request.epoch, "ids": shown})
+                step, ids = step + 1, []
+            yield batch
+
+    def flush(self) -> None:
+        """Return when every step noted is on the disk. Raises MachineError when it cannot be."""
+        self._log.flush()
+
+    def close(self) -> None:
+        self._log.close()
+
+
+def samples_seen(run_dir: Path) -> dict[int, np.ndarray]:
+    """How often each sample was trained on: epoch -> counts [train_samples] int64, by sample id.
+
+    Counted are the steps that the newest checkpoint consists of, each once, however often it was done. A sample that
+    could not be decoded is not counted, its stand-in is. Raises UserError where a step's samples are not known.
+    """
+    newest = list_checkpoints(run_dir / "checkpoints")
+    if not newest:
+        raise UserError(f"{run_dir} holds no checkpoint; name the folder of a run")
+    launches = read_launches(run_dir)
+    owners = owner_of_steps(launches, int(newest[0].name.removeprefix("step-")))
+    told = np.zeros(len(owners), dtype=np.int64)
+    counts: dict[int, np.ndarray] = {}
+    for rank in range(max(launch.world_size for launch in owners) if owners else 0):
+        for line in _lines(run_dir, rank):
+            step = line["step"]
+            if step < len(owners) and owners[step].number == line["launch"]:
+                told[step] += 1
+                seen = counts.setdefault(line["epoch"], np.zeros(owners[step].train_samples, dtype=np.int64))
+                np.add.at(seen, line["ids"], 1)
+    for step, launch in enumerate(owners):
+        if told[step] != launch.world_size:
+            raise UserError(
+                f"{run_dir / FOLDER} tells of step {step + 1} on {told[step]} of {launch.world_size} ranks; "
+                "set data.log_samples=true from the first step of a run to its last"
+            )
+    return counts
+
+
+def owner_of_steps(launches: list[Launch], steps: int) -> list[Launch]:
+    """For each of the first ``steps`` steps the launch whose doing it counts: the last that began at or before it."""
+    owners: list[Launch] = []
+    for launch in launches:
+        owners[launch.step :] = [launch] * max(0, steps - launch.step)
+    return owners
+
+
+def _lines(run_dir: Path, rank: int) -> Iterator[dict[str, Any]]:
+    path = run_dir / FOLDER / f"{rank}.jsonl"
+    return read_log(path) if path.exists() else iter(())
