@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpctrain.comm import horovod_meeting, open_mpi, torch_engine
 from hpctrain.comm import horovod_settings as settings
-from hpctrain.comm import open_mpi
 from hpctrain.comm.base import Communicator, Op, Work
 from hpctrain.comm.checks import (
     as_bytes,
@@ -77,6 +77,9 @@ def boot(topology: Topology, device: torch.device, timeout_s: float) -> Communic
     for variable, value in settings.DEFAULTS.items():
         os.environ.setdefault(variable, value)
     open_mpi.tune(topology)
+    if horovod_meeting.is_needed(topology, os.environ, over_mpi=hvd.mpi_built()):
+        store = torch_engine.meet(topology, timeout_s)
+        os.environ.update(horovod_meeting.meet(store, topology, lambda: serve_rendezvous()[1], os.environ))
     join(topology)
     settings.check_started(over_mpi=mpi_ops.mpi_enabled())
     return HorovodCommunicator(topology, device, hvd.global_process_set, _Shared(mpi_ops, list(range(hvd.size()))))

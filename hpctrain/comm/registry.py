@@ -85,7 +85,7 @@ def _flaw(answer: Probe, topology: Topology, device: torch.device) -> str | None
         return answer.reason
     if device.type == "cuda" and answer.name in ("horovod", "torch") and "NCCL" not in answer.built_with:
         return "built without NCCL"
-    needed = "gloo" if topology.launcher == "horovodrun" else "MPI"
-    if answer.name == "horovod" and needed not in answer.built_with:
+    needed = {"horovodrun": "gloo", "mpirun": "MPI", "mpiexec": "MPI"}.get(topology.launcher)
+    if answer.name == "horovod" and needed is not None and needed not in answer.built_with:
         return f"built without {needed}"
     return None

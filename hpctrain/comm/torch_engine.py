@@ -18,6 +18,7 @@ from torch import Tensor
 from hpctrain.comm.base import Communicator, Op, Work
 from hpctrain.comm.checks import as_bytes, faults, require_ascending, require_output, require_parts, require_reducible
 from hpctrain.comm.process import end_process
+from hpctrain.errors import UserError
 from hpctrain.topology.probe import Probe
 from hpctrain.topology.ranks import Topology
 from hpctrain.topology.rendezvous import rendezvous
@@ -64,7 +65,7 @@ def boot(topology: Topology, device: torch.device, timeout_s: float) -> Communic
     if backend == "nccl":
         group["device_id"] = device
     if topology.launcher != "torchrun":
-        group |= {"store": _meet(topology, timeout_s), "rank": topology.rank, "world_size": topology.world_size}
+        group |= {"store": meet(topology, timeout_s), "rank": topology.rank, "world_size": topology.world_size}
     with faults(topology, NAME, "start", RuntimeError, ValueError):
         dist.init_process_group(**group)
     return TorchCommunicator(topology, device, None)
@@ -84,14 +85,24 @@ def wrap_released(model: torch.nn.Module, *, fp16: bool) -> torch.nn.Module:
     return wrapped
 
 
-def _meet(topology: Topology, timeout_s: float) -> Any:
+def meet(topology: Topology, timeout_s: float) -> Any:
+    """A store of this job that all ranks open, where ``rendezvous`` says. Collective: rank 0 serves it as long as it
+    keeps it. Raises UserError when no meeting point is known, or when its port is taken."""
     import torch.distributed as dist
 
     if topology.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
     point = rendezvous(os.environ, topology)
     with faults(topology, NAME, f"rendezvous at {point.host}:{point.port}", RuntimeError):
-        store = open_store(point.host, point.port, serve=topology.rank == 0, timeout_s=timeout_s)
+        try:
+            store = open_store(point.host, point.port, serve=topology.rank == 0, timeout_s=timeout_s)
+        except RuntimeError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {point.port} of {topology.host}, where the ranks of this job meet, is taken by another program: "
+                "export MASTER_PORT with a free one"
+            ) from error
     # A rank that reached another job's store by accident finds none of its keys there.
     return dist.PrefixStore(point.job, store)  # type: ignore[attr-defined]
 
