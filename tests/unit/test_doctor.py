@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain import doctor
-from hpctrain.doctor import Choice, Report
+from hpctrain.doctor import machine as doctor
+from hpctrain.doctor.machine import Choice, Report
 from hpctrain.topology.probe import Probe
 
 MAPS = """\

@@ -95,7 +95,8 @@ def ask(what: str, name: str) -> Probe:
 
 def _child(*arguments: str) -> tuple[Any, str]:
     """What ``answer`` returns in a process of its own; else None and why there is no answer."""
-    command = [sys.executable, "-c", "import sys, hpctrain.doctor as d; d.print_answer(sys.argv[1:])", *arguments]
+    answer = "import sys, hpctrain.doctor.machine as d; d.print_answer(sys.argv[1:])"
+    command = [sys.executable, "-c", answer, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:

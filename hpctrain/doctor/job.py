@@ -1,0 +1,185 @@
+"""The look at an allocation before training: ``hpctrain doctor --job``, run by all ranks that will train.
+
+It joins the job by the engine that training will use, compares the places of all ranks, and measures nodes alone
+and in pairs. Mistakes end it with exit status 2, faults of a machine with 1, each told once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from hpctrain.comm.agree import on_rank_zero
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.process import end_process
+from hpctrain.config.schema import Config
+from hpctrain.doctor.clocks import read_clocks
+from hpctrain.doctor.judge import clock_complaints, complaints, unshared
+from hpctrain.doctor.place import Place, own_place
+from hpctrain.doctor.speed import Pace, measure
+from hpctrain.doctor.suspects import Suspect, confirm, find_suspects, sentence
+from hpctrain.errors import MachineError, UserError
+from hpctrain.metrics.jsonfiles import to_json_value, write_atomic
+from hpctrain.topology.ranks import detect
+from hpctrain.train.session import open_session
+
+SCHEMA = 1
+FILE = "preflight.json"
+#: A file that was written elsewhere may take a network file system so long to show.
+_PATIENCE_S = 5.0
+_POLL_S = 0.1
+
+
+@dataclass
+class Preflight:
+    """All that was found, by rank; ``cost_s`` is counted from the start of rank 0's process."""
+
+    places: list[Place]
+    engine: str
+    engine_reason: str
+    complaints: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    paces: list[Pace] = field(default_factory=list)
+    suspects: list[Suspect] = field(default_factory=list)
+    start_s: float = 0.0
+    cost_s: float = 0.0
+
+    def to_record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"schema": SCHEMA, "ok": not (self.complaints or self.suspects), **to_json_value(asdict(self))}
+
+
+def job_command(config: Config, run_dir: Path | None, *, as_json: bool) -> None:
+    """Look at this job before ``config`` is trained in it. Collective over the launcher's ranks.
+
+    Raises UserError with a line for each thing to mend, MachineError for nodes that are broken, or slow where
+    launch.slow_node is stop.
+    """
+    with start_limit(config.comm.timeout_s, config.comm.engine) as started:
+        comm_config = config.comm.model_copy(update={"startup_timeout_s": config.comm.timeout_s})
+        with open_session(comm_config, config.train.device) as session:
+            started.set()
+            found = examine_job(session.comm, config, run_dir, session.engine_reason)
+            if session.comm.rank == 0:
+                tell(found, config, run_dir, as_json=as_json)
+            if found.complaints:
+                raise UserError("\n".join(found.complaints))
+            if any(suspect.broken or config.launch.slow_node == "stop" for suspect in found.suspects):
+                raise MachineError(sentence(found.suspects))
+
+
+@contextmanager
+def start_limit(limit_s: float, engine: str) -> Iterator[threading.Event]:
+    """End this process where the event is not set within ``limit_s``: an engine that waits for a rank says nothing."""
+    started = threading.Event()
+    topology = detect(os.environ)
+
+    def wait() -> None:
+        if not started.wait(limit_s):
+            print(
+                f"hpctrain: rank {topology.rank} of {topology.world_size} on host {topology.host} waits since "
+                f"{limit_s:.0f} s for the engine ({engine}) to start: see that all ranks were started and that their "
+                "hosts reach each other, or raise comm.timeout_s",
+                flush=True,
+            )
+            end_process(1)
+
+    threading.Thread(target=wait, name="hpctrain-start", daemon=True).start()
+    try:
+        yield started
+    finally:
+        started.set()
+
+
+def examine_job(comm: Communicator, config: Config, run_dir: Path | None, engine_reason: str) -> Preflight:
+    """Everything that ``doctor --job`` looks at; what costs most only where the places are sound. Collective."""
+    start_s = _age_s()
+    first_host = comm.broadcast_object(comm.topology.host)
+    place = own_place(comm.topology, comm.device, first_host, config.data.threads)
+    places = [Place.from_record(record) for record in comm.all_gather_object(place.to_record())]
+    found = Preflight(places, comm.name, engine_reason, start_s=start_s)
+    found.complaints += complaints(places, config.train.device)
+    found.complaints += clock_complaints(places, read_clocks(comm))
+    if run_dir is not None:
+        found.complaints += unshared(places, comm.all_gather_object(sees_token(comm, run_dir)), str(run_dir))
+    if not found.complaints:
+        _find_suspects(comm, found)
+    found.cost_s = comm.broadcast_object(_age_s())
+    return found
+
+
+def sees_token(comm: Communicator, run_dir: Path) -> bool:
+    """Whether this rank reads in ``run_dir`` what rank 0 has just written there. Collective."""
+
+    def write() -> str:
+        name = f".preflight-{uuid.uuid4().hex}"
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / name).write_text(name)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run directory {run_dir} ({error.strerror}): give a writable one with --run-dir"
+            ) from error
+        return name
+
+    name = on_rank_zero(comm, write)
+    deadline = time.monotonic() + _PATIENCE_S
+    while not (seen := _reads(run_dir / name)) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    comm.barrier()
+    if comm.rank == 0:
+        (run_dir / name).unlink(missing_ok=True)
+    return seen
+
+
+def _reads(path: Path) -> bool:
+    try:
+        return path.read_text() == path.name
+    except OSError:
+        return False
+
+
+def _find_suspects(comm: Communicator, found: Preflight) -> None:
+    """Measure, and once more where somebody looks slow."""
+    try:
+        found.paces = _measure_all(comm, found.places)
+    except UserError as error:
+        found.remarks.append(f"nodes were not measured: {error}")
+        return
+    found.suspects = find_suspects(found.places, found.paces, comm.device.type)
+    if found.suspects:
+        again = _measure_all(comm, found.places)
+        found.suspects = confirm(found.suspects, find_suspects(found.places, again, comm.device.type))
+
+
+def _measure_all(comm: Communicator, places: Sequence[Place]) -> list[Pace]:
+    pace = measure(comm, [place.host for place in places])
+    return [Pace.from_record(record) for record in comm.all_gather_object(pace.to_record())]
+
+
+def tell(found: Preflight, config: Config, run_dir: Path | None, *, as_json: bool) -> None:
+    """Print ``found``, and leave it in the run directory. Rank 0 alone."""
+    from hpctrain.doctor.job_table import render
+
+    text = json.dumps(found.to_record(), indent=2, allow_nan=False) + "\n"
+    if as_json:
+        print(text, end="", flush=True)
+    else:
+        render(found, warn=config.launch.slow_node == "warn")
+    if run_dir is not None:
+        write_atomic(run_dir / FILE, text.encode())
+
+
+def _age_s() -> float:
+    """Seconds since this process was started, imports included."""
+    return time.time() - psutil.Process().create_time()

@@ -1,0 +1,140 @@
+"""What one rank of a job tells of its place: host, GPU, cores, network card, and the code that it runs.
+
+Facts only, each taken where the rank runs; what is wrong with the places of all ranks together is for ``judge``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import hpctrain
+from hpctrain.topology.ranks import Topology
+
+_NODES = Path("/sys/devices/system/node")
+_INFINIBAND = Path("/sys/class/infiniband")
+#: Any port will do: nothing is sent.
+_DISCARD_PORT = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One rank's place. ``node`` is the host's name in Slurm's lists; ``gpus`` the UUIDs in sight, ``gpu`` that in use.
+
+    ``gpus_allotted`` and ``cores_allotted`` are what the job has of the host, ``cores`` the numbers of those this
+    rank is bound to, ``threads`` how many it was asked to use. ``card`` is the interface towards rank 0.
+    """
+
+    rank: int
+    host: str
+    node: str
+    local_rank: int
+    gpu: str
+    gpus: tuple[str, ...]
+    gpus_allotted: int
+    cores: tuple[int, ...]
+    cores_allotted: int
+    threads: int
+    numa: tuple[int, ...]
+    card: str
+    code: Mapping[str, str]
+
+    def to_record(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Place:
+        """The place that ``to_record`` wrote, before or after JSON."""
+        sequences = {name: tuple(record[name]) for name in ("gpus", "cores", "numa")}
+        return cls(**{**record, **sequences})
+
+
+def own_place(topology: Topology, device: torch.device, first_host: str, threads: int | None) -> Place:
+    """The place of this process. ``first_host`` is that of rank 0, ``threads`` what data.threads says."""
+    cores = sorted(os.sched_getaffinity(0))
+    on_gpu = device.type == "cuda"
+    sight = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Place(
+        rank=topology.rank,
+        host=topology.host,
+        node=os.environ.get("SLURMD_NODENAME") or topology.host,
+        local_rank=topology.local_rank,
+        gpu=_uuid(device.index or 0) if on_gpu else "",
+        gpus=tuple(_uuid(index) for index in range(sight)),
+        gpus_allotted=_number("SLURM_GPUS_ON_NODE"),
+        cores=tuple(cores),
+        cores_allotted=min(_number("SLURM_CPUS_ON_NODE") or 1 << 30, os.cpu_count() or len(cores)),
+        threads=max(threads or 1, _number("OMP_NUM_THREADS"), 1),
+        numa=numa_nodes(cores),
+        card=card_towards(first_host),
+        code=code_version(),
+    )
+
+
+def _number(variable: str) -> int:
+    """The whole number in a variable of the environment; 0 where it is unset or is none."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isascii() and text.isdecimal() else 0
+
+
+def _uuid(index: int) -> str:
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+
+def numa_nodes(cores: list[int], root: Path = _NODES) -> tuple[int, ...]:
+    """Numbers of the NUMA nodes that ``cores`` belong to; none where the kernel does not tell."""
+    wanted = set(cores)
+    found = []
+    for path in root.glob("node[0-9]*"):
+        try:
+            listed = (path / "cpulist").read_text()
+        except OSError:
+            continue
+        spans = re.findall(r"(\d+)(?:-(\d+))?", listed)
+        if any(wanted & set(range(int(first), int(last or first) + 1)) for first, last in spans):
+            found.append(int(path.name.removeprefix("node")))
+    return tuple(sorted(found))
+
+
+def card_towards(host: str) -> str:
+    """The interface by which ``host`` is reached, and the InfiniBand devices beside it; empty where it is not."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, _DISCARD_PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # A datagram socket only looks up the route.
+            probe.connect(address)
+            mine = probe.getsockname()[0]
+    except OSError:
+        return ""
+    cards = [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(entry.address.partition("%")[0] == mine for entry in addresses)
+    ]
+    infiniband = sorted(path.name for path in _INFINIBAND.glob("*"))
+    return ", ".join([*cards[:1], *infiniband])
+
+
+def code_version() -> dict[str, str]:
+    """What must be the same on all hosts: versions, and a digest of this package's files."""
+    root = Path(hpctrain.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(path for kind in ("*.py", "*.conf") for path in root.rglob(kind)):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return {
+        "hpctrain": hpctrain.__version__,
+        "its files (digest)": digest.hexdigest()[:12],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
