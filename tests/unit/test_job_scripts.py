@@ -85,17 +85,6 @@ def test_what_job_scripts_share_is_the_same_in_each(part: str) -> None:
     assert set(shared.values()) == {shared["train.sbatch"]}
 
 
-@pytest.mark.parametrize("failing", ["config", "run directory"])
-def test_what_only_one_node_has_ends_the_job(job: Path, failing: str) -> None:
-    """The check that each node runs, run here with a path that is missing."""
-    srun = job / "bin/srun"
-    missing = "small.yaml" if failing == "config" else "runs/small-30077/.seen-by-all"
-    srun.write_text(f'#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nrm {missing}\nexec "$@"\n')
-    done = run(job, "small.yaml")
-    assert done.returncode == 2
-    assert re.search(rf"^train.sbatch: {missing} of node \S+ cannot be read on node \S+: use a file", done.stderr, re.M)
-
-
 def test_resources_are_never_in_a_script() -> None:
     for path in SLURM.glob("*.sbatch"):
         directives = [line.split()[1] for line in path.read_text().splitlines() if line.startswith("#SBATCH")]
@@ -107,9 +96,10 @@ def test_what_training_is_started_with(job: Path) -> None:
     done = run(job, "small.yaml", "train.epochs=3", "--set", "seed=2")
     assert done.returncode == 0, done.stderr
     srun = recorded(job, "srun")
-    check, argv = srun.calls
-    assert {"--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=8"} < set(check)
-    assert check[-2:] == ["small.yaml", "runs/small-30077/.seen-by-all"]
+    preflight, argv = srun.calls
+    asked = ["small.yaml", "--set", "train.epochs=3", "--set", "seed=2", "--run-dir", "runs/small-30077"]
+    assert preflight[preflight.index("hpctrain") :] == ["hpctrain", "doctor", "--job", *asked]
+    assert preflight[: preflight.index("python")] == argv[: argv.index("python")]
     command = argv.index("python")
     assert set(argv[:command]) == {
         *("--kill-on-bad-exit=1", "--nodes=2", "--distribution=block", "--ntasks=8", "--ntasks-per-node=4"),
@@ -239,8 +229,21 @@ def test_a_container_is_entered_with_its_gpus(job: Path) -> None:
 
 
 def leaves_with(job: Path, status: int) -> None:
-    """Let srun leave so where it starts ranks, and well where it looks at the nodes."""
-    (job / "bin/srun").write_text(f"#!/bin/bash\n[[ $* == *.seen-by-all ]] || exit {status}\n")
+    """Let srun leave so after training, and well from the look before it."""
+    (job / "bin/srun").write_text(f"#!/bin/bash\n[[ $* == *'doctor --job'* ]] || exit {status}\n")
+
+
+def test_what_the_preflight_finds_ends_the_job(job: Path) -> None:
+    Double(job / "bin", "srun", status=2)
+    assert run(job, "small.yaml").returncode == 2
+    assert len(recorded(job, "srun").calls) == 1
+
+
+def test_a_warning_during_the_preflight_leads_to_a_requeue(job: Path) -> None:
+    (job / "bin/srun").write_text("#!/bin/bash\ntouch $$.srun\nkill -USR1 $PPID\nexit 143\n")
+    assert run(job, "small.yaml").returncode == 75
+    assert recorded(job, "python").calls[-1] == ["-m", "hpctrain", "requeue", "small.yaml"]
+    assert len(list(job.glob("*.srun"))) == 1
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 137])
@@ -273,7 +276,7 @@ def test_signals_are_passed_on_and_waited_for(job: Path, name: str) -> None:
     """A rank needs its time after the signal: it writes a checkpoint and leaves with 75."""
     srun = job / "bin/srun"
     srun.write_text(
-        "#!/bin/bash\n[[ $* != *.seen-by-all ]] || exit 0\n"
+        "#!/bin/bash\n[[ $* != *'doctor --job'* ]] || exit 0\n"
         f"trap 'sleep 0.5; echo {name} came; exit 75' {name}\ntouch ready\n"
         "for ((i = 0; i < 600; i++)); do sleep 0.1; done\n"
     )
