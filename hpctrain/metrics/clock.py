@@ -198,6 +198,12 @@ class PhaseClock:
         self._interval_start = self._table.length
         return Interval(len(rows), float(rows[:, _NUM_PHASES].sum(dtype=np.float64)), _medians(rows))
 
+    def recent(self, steps: int) -> Interval:
+        """The last ``steps`` steps that ended, or all if they are fewer; ``interval`` does not notice."""
+        self._settle(len(self._pending))
+        rows = self._table.since(max(0, self._table.length - steps))
+        return Interval(len(rows), float(rows[:, _NUM_PHASES].sum(dtype=np.float64)), _medians(rows))
+
     def summary(self) -> RunTimes:
         """All steps so far, by ``WARMUP_RULE``; ends an evaluation or checkpoint that runs."""
         self._settle(len(self._pending))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpctrain.errors import UserError
 from hpctrain.metrics.jsonfiles import cannot_write, encode_line, write_atomic
+from hpctrain.metrics.stragglers import Straggler
 
 STEPS_FILE = "steps.jsonl"
 EVALS_FILE = "evals.jsonl"
@@ -26,7 +27,8 @@ class StepFigures:
 
     ``step`` counts finished optimizer steps, ``epoch`` passes over the training set (2.5: halfway through the
     third). ``loss`` is the mean over the global batch, ``images_per_s`` the rate since the last logged step,
-    ``phases_s`` median seconds of each phase since then. ``counters`` become further keys of the line.
+    ``phases_s`` median seconds of each phase since then. ``counters`` become further keys of the line; so do
+    ``stragglers``, the ranks that are slow now, if there are any.
     """
 
     step: int
@@ -36,9 +38,10 @@ class StepFigures:
     images_per_s: float
     phases_s: Mapping[str, float]
     counters: Mapping[str, float] = field(default_factory=dict)
+    stragglers: Sequence[Straggler] = ()
 
     def to_line(self) -> dict[str, Any]:
-        """The stable keys, then the counters."""
+        """The stable keys, then the counters, then stragglers."""
         line: dict[str, Any] = {
             "step": self.step,
             "epoch": self.epoch,
@@ -48,7 +51,8 @@ class StepFigures:
             "phases_s": dict(self.phases_s),
         }
         assert line.keys().isdisjoint(self.counters), f"a counter has a stable key's name: {sorted(self.counters)}"
-        return {**line, **self.counters}
+        slow = {"stragglers": [straggler.to_line() for straggler in self.stragglers]} if self.stragglers else {}
+        return {**line, **self.counters, **slow}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from hpctrain.errors import UserError
 from hpctrain.gradients.tally import ROUNDING
 from hpctrain.metrics.progress import Display
 from hpctrain.metrics.steplog import EvalFigures, StepFigures
+from hpctrain.metrics.stragglers import MIN_STEPS, OWN_PHASES, StragglerWatch
 from hpctrain.metrics.system import SystemUse
 from hpctrain.train.build import Feeds
 from hpctrain.train.parts import Parts
@@ -29,8 +31,20 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+class _Sums(NamedTuple):
+    """What all ranks together have to tell of the steps since the last logged one.
+
+    ``seconds`` [ranks, phases] float64 are medians of each rank's own phases.
+    """
+
+    loss: float
+    corrupt_anywhere: bool
+    wire: dict[str, int]
+    seconds: np.ndarray
+
+
 class Journal:
-    """Gathers losses between logged steps; ``log`` and ``evaluation`` are collective.
+    """Gathers losses between logged steps; ``log``, ``evaluation`` and the making of one are collective.
 
     ``sinks`` are empty on all ranks but the first.
     """
@@ -43,6 +57,7 @@ class Journal:
         self._sinks = sinks
         self._loss = torch.zeros((), dtype=torch.float64, device=parts.comm.device)
         self._steps = 0
+        self._stragglers = StragglerWatch(parts.comm.all_gather_object(parts.comm.topology.host))
 
     def add(self, loss: Tensor) -> None:
         """Take this rank's mean loss of one step; nothing waits for the device."""
@@ -57,12 +72,15 @@ class Journal:
         parts, steps = self._parts, self._steps
         if steps == 0:
             return
-        loss, corrupt_anywhere, wire = self._reduce(progress)
+        interval, recent = parts.clock.interval(), parts.clock.recent(max(steps, MIN_STEPS))
+        loss, corrupt_anywhere, wire, seconds = self._reduce(progress, recent.phases_s)
         for name, count in wire.items():
             progress.wire[name] += count
         if corrupt_anywhere:
             self._take_corrupt(progress)
-        interval = parts.clock.interval()
+        if recent.steps >= MIN_STEPS:
+            for sentence in self._stragglers.judge(seconds, progress.step - recent.steps + 1, progress.step):
+                self.display.message(sentence)
         progress.train_s += interval.seconds
         figures = StepFigures(
             step=progress.step,
@@ -78,6 +96,7 @@ class Journal:
                 **(wire if parts.config.gradients.compression != "none" else {}),
                 **self.system.sample(progress.step),
             },
+            stragglers=self._stragglers.slow,
         )
         for sink in (*self._sinks, self.display):
             sink.step(figures)
@@ -109,21 +128,25 @@ class Journal:
         plan = self._parts.plan
         return progress.epoch + progress.position / (plan.steps_per_epoch * plan.batch_global)
 
-    def _reduce(self, progress: Progress) -> tuple[float, bool, dict[str, int]]:
-        """Over all ranks: the mean loss a step, whether any has found a corrupt sample not known yet, and the wire's
-        tally.
+    def _reduce(self, progress: Progress, phases_s: Mapping[str, float]) -> _Sums:
+        """Sum over all ranks, in one collective: the mean loss a step, whether any has found a corrupt sample not known
+        yet, the wire's tally, and each rank's ``phases_s``, which it adds to zeros of the others.
         """
-        tally = self._parts.exchange.tally
+        tally, comm = self._parts.exchange.tally, self._parts.comm
+        rows = torch.zeros(comm.world_size, len(OWN_PHASES), dtype=torch.float64)
+        rows[comm.rank] = torch.tensor([phases_s[phase] for phase in OWN_PHASES])
         mine = torch.stack([self._loss, torch.full_like(self._loss, len(self._new_corrupt(progress)))])
-        packed = torch.cat([mine, tally.rounding.double()])
-        self._parts.comm.all_reduce_(packed).wait()
-        loss_sum, corrupt, *rounding = packed.tolist()
-        mean = loss_sum / self._steps / self._parts.comm.world_size
+        packed = torch.cat([mine, tally.rounding.double(), rows.flatten().to(comm.device)])
+        comm.all_reduce_(packed).wait()
+        sums = packed.cpu()
+        loss_sum, corrupt, *rounding = sums[: -rows.numel()].tolist()
         wire = {**dict(zip(ROUNDING, map(int, rounding), strict=True)), "skipped_steps": tally.skipped}
+        seconds = sums[-rows.numel() :].view_as(rows).numpy()
+        found = _Sums(loss_sum / self._steps / comm.world_size, corrupt > 0, wire, seconds)
         self._loss.zero_()
         tally.clear()
         self._steps = 0
-        return mean, corrupt > 0, wire
+        return found
 
     def _new_corrupt(self, progress: Progress) -> list[str]:
         known = set(progress.corrupt)

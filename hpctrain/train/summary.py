@@ -13,6 +13,7 @@ from hpctrain.metrics.progress import Summary
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.metrics.record import parameters_sha256, write_record
 from hpctrain.metrics.steplog import read_evals, read_steps
+from hpctrain.metrics.stragglers import stragglers_of
 from hpctrain.train.build import Feeds
 from hpctrain.train.loop import Loop
 
@@ -30,10 +31,11 @@ def finish(loop: Loop, feeds: Feeds, provenance: Provenance, notes: dict[str, An
     run = loop.run
 
     def write() -> None:
-        write_record(run.record, record)
-        if run.steps.is_file():
+        steps = read_steps(run.steps) if run.steps.is_file() else []
+        write_record(run.record, record | {"stragglers": stragglers_of(steps)})
+        if steps:
             evals = read_evals(run.evals) if run.evals.is_file() else []
-            draw_learning_curve(run.picture, read_steps(run.steps), evals, title)
+            draw_learning_curve(run.picture, steps, evals, title)
 
     on_rank_zero(loop.parts.comm, write)
     accuracy = loop.progress.evaluation or {}

@@ -36,7 +36,7 @@ from hpctrain.train.session import Session, never
 from tests.unit.fake_group import FakeCommunicator, run_group
 
 #: what differs between two equal runs: clocks and memory
-TIMES = ("images_per_s", "phases_s", "rss_bytes", "cpu_cores", "seconds")
+TIMES = ("images_per_s", "phases_s", "rss_bytes", "cpu_cores", "seconds", "stragglers")
 
 _BASE: dict[str, dict[str, Any]] = {
     "model": {"name": "dense", "neurons": 8},
