@@ -94,7 +94,8 @@ def prepare(
     runs = _runs(site, environ)
     stem = config_path.stem
     safe_stem = re.sub(r"[^\w.+-]", "_", stem, flags=re.ASCII)
-    ids = ("%A_%a", "{job}_<task>") if request.array else ("%j", "{job}")
+    # Of an array's logs the first task's is told.
+    ids = ("%A_%a", f"{{job}}_{re.split('[-,%]', request.array)[0]}") if request.array else ("%j", "{job}")
     log = str(runs / f"{safe_stem}-").replace("%", "%%")
     options = {
         **_resources(site, request, config),

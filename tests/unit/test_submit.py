@@ -86,9 +86,10 @@ def test_gpus_are_asked_for_as_the_site_wants(here: Path) -> None:
 
 def test_an_array_takes_turns_in_one_run_directory(here: Path) -> None:
     (here / "gpu.env").write_text(f"{GPU_SITE}HPCTRAIN_REQUEUE=no\n")
-    submission = prepared(Request(1, array="0-9%1"))
-    assert {"--array=0-9%1", "--no-requeue", f"--output={here}/runs/small-%A_%a.log"} < set(submission.argv)
+    submission = prepared(Request(1, array="3-9%1"))
+    assert {"--array=3-9%1", "--no-requeue", f"--output={here}/runs/small-%A_%a.log"} < set(submission.argv)
     assert submission.run_dir.format(job="7") == f"{here}/runs/small-7"
+    assert submission.log.format(job="7") == f"{here}/runs/small-7_3.log"
 
 
 def test_the_warning_follows_the_configuration(here: Path) -> None:
