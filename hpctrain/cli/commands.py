@@ -12,7 +12,7 @@ import typer
 from hpctrain import __version__
 from hpctrain.cli.bench import bench_app
 from hpctrain.cli.data import data_app
-from hpctrain.cli.launch import requeue, submit
+from hpctrain.cli.launch import account, requeue, submit
 from hpctrain.cli.options import ConfigPath, JsonFile, Overrides, ended_by_interrupt
 from hpctrain.cli.scaling import scaling_app
 from hpctrain.errors import HpctrainError, UserError
@@ -132,6 +132,7 @@ def _doctor_job(config: Path | None, overrides: list[str], run_dir: Path | None,
 
 app.command()(submit)
 app.command()(requeue)
+app.command()(account)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`hpctrain submit` and `hpctrain requeue`: jobs of a Slurm cluster, from its login node and from within."""
+"""`hpctrain submit`, `requeue` and `account`: jobs of a Slurm cluster, from its login node and from within."""
 
 from __future__ import annotations
 
@@ -50,3 +50,12 @@ def requeue(config: ConfigPath, overrides: Overrides = None) -> None:
     from hpctrain.launch.requeue import requeue as requeue_job
 
     typer.echo(f"hpctrain: {requeue_job(load_config(config, overrides or []).launch, os.environ)}")
+
+
+def account(
+    run: Annotated[Path, typer.Argument(help="run directory of a run that has ended")],
+) -> None:
+    """Join what `sacct` knows of a run's jobs (energy, memory, time) into its record.json, where there is a sacct."""
+    from hpctrain.launch.accounting import account as join_accounts
+
+    join_accounts(run, os.environ)

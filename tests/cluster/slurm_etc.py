@@ -48,6 +48,7 @@ MessageTimeout=5
 TCPTimeout=2
 GresTypes=gpu
 AccountingStorageType={storage}
+AccountingStorageHost=head
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=1
 NodeName={nodes} CPUs={cores} RealMemory={memory_mib} {gres}

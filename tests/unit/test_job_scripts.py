@@ -250,7 +250,8 @@ def test_a_warning_during_the_preflight_leads_to_a_requeue(job: Path) -> None:
 def test_the_status_of_the_ranks_is_that_of_the_job(job: Path, status: int) -> None:
     leaves_with(job, status)
     assert run(job, "small.yaml").returncode == status
-    assert recorded(job, "python").calls == [VERSION]
+    accounts = [["-m", "hpctrain", "account", "runs/small-30077"]] if status == 0 else []
+    assert recorded(job, "python").calls == [VERSION, *accounts]
 
 
 def test_a_preempted_job_is_requeued(job: Path) -> None:
