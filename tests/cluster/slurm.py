@@ -16,6 +16,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -60,6 +61,7 @@ class Slurm:
         self.env = environment(_PMIX)
         ssh_env = {name: value for name, value in self.env.items() if name.startswith(("OMPI_", "PMIX_", "PRTE_"))}
         self.cluster = Cluster(num_nodes, rate, lambda shared: write_etc(shared, self._settings, ssh_env))
+        self.env["PATH"] = f"{_put_hpctrain(self.shared / 'bin')}:{self.env['PATH']}"
         try:
             self._start({self.cluster.head: "head-with-accounting" if accounting else "head"})
             self._start(dict.fromkeys(self.cluster.hosts, "node"))
@@ -212,6 +214,15 @@ class Slurm:
         return "\n".join(tails)
 
 
+def _put_hpctrain(folder: Path) -> Path:
+    """`hpctrain` as the hosts have it on PATH: this checkout's, whatever is installed. Returns ``folder``."""
+    folder.mkdir()
+    program = folder / "hpctrain"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m hpctrain "$@"\n')
+    program.chmod(0o755)
+    return folder
+
+
 def _running(host: Host, daemon: str) -> bool:
     return any(process.name() == daemon for process in host.processes())
 
@@ -236,6 +247,8 @@ def slurm_obstacle() -> str | None:
         return f"{', '.join(missing)} not found: run tests/cluster/install.sh"
     if reason := obstacle():
         return reason
+    if os.geteuid() != 0:
+        return "Slurm's daemons need root"
     try:
         Slurm(1).close()
     except HostError as error:
