@@ -92,6 +92,16 @@ class Saver:
             self.samples.close()
 
     @property
+    def writing(self) -> bool:
+        """Whether this rank is writing a checkpoint."""
+        return not self._writer.idle(0.0)
+
+    @property
+    def last_write_s(self) -> float:
+        """How long the latest write that is over took, on rank 0."""
+        return self._writer.write_s[-1]
+
+    @property
     def longest_write_s(self) -> float:
         """Of this launch, on rank 0; 0 before the first."""
         return max(self._writer.write_s, default=0.0)

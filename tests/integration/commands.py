@@ -22,6 +22,8 @@ from tests.parallel.launch import Run, launch
 #: generous: on a busy machine two ranks take a minute to import what they need
 LIMIT_S = 200.0
 _MARK = "HPCTRAIN_TEST_MARK"
+#: where launchers tell a process its rank
+_RANK_NAMES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "RANK")
 _MODULES = {"horovod": ("horovod",), "mpi": ("mpi4py",)}
 
 
@@ -88,6 +90,13 @@ class Job:
         for process in self._processes():
             process.kill()
 
+    def signal_rank(self, rank: int, number: signal.Signals) -> None:
+        """Send ``number`` to the process of one rank, where it is still there."""
+        for process in self._processes():
+            environ = _environment(process)
+            if any(environ.get(name) == str(rank) for name in _RANK_NAMES) and _is_rank(process):
+                process.send_signal(number)
+
     def interrupt(self) -> None:
         """What Ctrl-C at a terminal does: SIGINT to the process group of the launcher."""
         processes = {process.pid: process for process in self._processes()}
@@ -106,6 +115,14 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return process.environ()
     except psutil.Error:
         return {}
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    """The command itself, neither a shell of the launcher's nor a worker of the loader's."""
+    try:
+        return process.cmdline()[1:3] == ["-m", "hpctrain"]
+    except psutil.Error:
+        return False
 
 
 def write_config(path: Path, **sections: Any) -> Path:

@@ -1,0 +1,125 @@
+"""Whole jobs that are asked to end, or killed: all ranks leave alike, and a later launch goes on as if nothing was."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from hpctrain.train.checkpoint import load_checkpoint
+from hpctrain.train.launches import read_launches
+from hpctrain.train.samples import samples_seen
+from tests.integration.commands import Job, Ranks, train, train_argv, write_config
+from tests.unit.small_runs import record_of, saved_steps
+
+pytestmark = pytest.mark.timeout(900)
+
+#: 1,438 pictures in steps of 24
+STEPS_AN_EPOCH = 59
+TWO = Ranks("mpi", "mpirun", 2)
+#: what the launcher makes of ranks that all leave with 75
+CASES = [
+    pytest.param(Ranks("mpi", "mpirun", 2), 75, id="mpirun"),
+    pytest.param(Ranks("horovod", "horovodrun-gloo", 2), None, id="horovodrun"),
+    pytest.param(Ranks("torch", "torchrun", 3), None, id="torchrun"),
+]
+
+
+@pytest.fixture(scope="module")
+def config(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(
+        tmp_path_factory.mktemp("config") / "preempt.yaml",
+        model={"name": "dense", "neurons": 50, "dropout": 0.1},
+        data={
+            "path": str(digits),
+            "loader": "torch",
+            "threads": 1,
+            "image_size": 8,
+            "channels": 1,
+            "log_samples": True,
+        },
+        train={"epochs": 500, "batch_per_worker": 12, "eval_every_epochs": 100},
+        gradients={"reduction": "ordered"},
+        checkpoint={"every_steps": 100},
+        log={"every_steps": 10, "tensorboard": False},
+    )
+
+
+def steps_logged(run: Path) -> int:
+    path = run / "steps.jsonl"
+    return 10 * len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def preempt(ranks: Ranks, config: Path, run: Path, number: signal.Signals, rank: int) -> tuple[int | None, str]:
+    """Start a run, send ``number`` to one of its ranks after some steps, and once more soon after."""
+    with Job(ranks, *train_argv(ranks, config, run)) as job:
+        job.wait_until(lambda: steps_logged(run) >= 20)
+        job.signal_rank(rank, number)
+        time.sleep(0.5)
+        job.signal_rank(rank, number)
+        done = job.end()
+    assert not done.timed_out, done.output[-6000:]
+    assert done.survivors == 0
+    return done.returncode, done.output
+
+
+@pytest.mark.parametrize(("ranks", "status"), CASES)
+def test_a_signal_to_one_rank_ends_all_at_one_step(
+    ranks: Ranks, status: int | None, config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    code, output = preempt(ranks, config, run, signal.SIGUSR1, rank=1)
+    assert code == status if status is not None else code != 0, output[-6000:]
+    last = saved_steps(run)[-1]
+    assert output.count("stopped by SIGUSR1 on rank 1 (host ") == 1, output[-6000:]
+    assert (
+        f"after step {last}, its checkpoint is written; the same command goes on from there (exit status 75)" in output
+    )
+    assert "no progress" not in output
+    assert "failed in step" not in output
+    assert load_checkpoint(run / f"checkpoints/step-{last:06d}").step == last
+    (launch,) = read_launches(run)
+    assert launch.preempted
+    assert launch.write_s > 0
+
+
+def test_each_sample_counts_once_over_a_preemption_a_kill_and_another_number_of_ranks(
+    config: Path, tmp_path: Path
+) -> None:
+    """SIGTERM to one of two ranks, then SIGKILL to all, then to the end; the log of samples proves each epoch."""
+    run = tmp_path / "run"
+    preempt(TWO, config, run, signal.SIGTERM, rank=0)
+    preempted_at = saved_steps(run)[-1]
+    with Job(TWO, *train_argv(TWO, config, run)) as job:
+        job.wait_until(lambda: saved_steps(run)[-1] >= preempted_at + 150)
+        job.kill()
+        assert job.end().returncode != 0
+    steps = saved_steps(run)[-1] + 150
+    four = Ranks("mpi", "mpirun", 4)
+    done = train(four, config, run, f"train.max_steps={steps}", "train.batch_per_worker=6")
+    assert "going on from step" in done.output
+    record = record_of(run)
+    assert record["launch"]["restarts"] == 2
+    assert record["launch"]["preemptions"] == 1
+    assert [launch.world_size for launch in read_launches(run)] == [2, 2, 4]
+    assert record["steps"] == steps
+    counts = samples_seen(run)
+    whole, rest = divmod(steps, STEPS_AN_EPOCH)
+    assert [int(seen.sum()) for seen in counts.values()] == [24 * STEPS_AN_EPOCH] * whole + [24 * rest] * (rest > 0)
+    assert all(seen.max() == 1 for seen in counts.values()), "no sample twice in an epoch"
+
+
+def test_a_kill_while_it_stops_leaves_a_sound_checkpoint(config: Path, tmp_path: Path) -> None:
+    """As Slurm does when KillWait is over."""
+    run = tmp_path / "run"
+    with Job(TWO, *train_argv(TWO, config, run)) as job:
+        job.wait_until(lambda: len(saved_steps(run)) > 0)
+        job.signal_rank(0, signal.SIGTERM)
+        job.wait_until(lambda: (run / "launches.jsonl").exists())
+        time.sleep(1.0)
+        job.kill()
+        job.end()
+    newest = saved_steps(run)[-1]
+    assert load_checkpoint(run / f"checkpoints/step-{newest:06d}").step == newest
