@@ -21,10 +21,11 @@ def render(found: Preflight, *, warn: bool) -> None:
     """Print ``found``; suspects only where they do not end the job (``warn``), since an error tells them else."""
     console = Console(highlight=False)
     hosts = len({place.host for place in found.places})
-    console.print(
-        f"{len(found.places)} ranks on {hosts} hosts, engine {found.engine}: {found.engine_reason}", markup=False
-    )
+    ranks = f"{_counted(len(found.places), 'rank')} on {_counted(hosts, 'host')}"
+    console.print(f"{ranks}, engine {found.engine}: {found.engine_reason}", markup=False)
     console.print(_table(found))
+    if found.paces:
+        console.print("median times of a matrix product and of a sum of 4 MiB over all ranks of one node, or of two")
     if len(found.places) > _MOST_RANKS:
         console.print(f"and {len(found.places) - _MOST_RANKS} ranks more")
     for remark in found.remarks:
@@ -36,11 +37,13 @@ def render(found: Preflight, *, warn: bool) -> None:
 
 def _table(found: Preflight) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for header in ("rank", "host", "GPU", "cores", "NUMA", "network card", "product", "sum in node"):
-        table.add_column(header, justify="right" if header in ("rank", "product", "sum in node") else "left")
+    for header in ("rank", "host", "GPU", "cores", "NUMA", "network card", "product", "sum: node", "pair"):
+        table.add_column(header, justify="right" if header in ("rank", "product", "sum: node", "pair") else "left")
     for number, place in enumerate(found.places[:_MOST_RANKS]):
         pace = found.paces[number] if found.paces else None
-        alone_s = next((one.seconds for one in pace.sums if one.hosts == (place.host,)), None) if pace else None
+        sums = pace.sums if pace else ()
+        alone_s = [one.seconds for one in sums if len(one.hosts) == 1]
+        pairs_s = [one.seconds for one in sums if len(one.hosts) > 1]
         table.add_row(
             str(place.rank),
             place.host,
@@ -49,9 +52,13 @@ def _table(found: Preflight) -> Table:
             spans(place.numa) or "–",
             place.card or "–",
             f"{pace.product_s * 1e3:.2f} ms" if pace else "–",
-            f"{alone_s * 1e3:.2f} ms" if alone_s else "–",
+            *(f"{min(times) * 1e3:.2f} ms" if times else "–" for times in (alone_s, pairs_s)),
         )
     return table
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def spans(numbers: tuple[int, ...]) -> str:

@@ -37,7 +37,7 @@ def test_a_sound_job_passes_and_leaves_its_figures(ranks: Ranks, config: Path, t
     run = tmp_path / "runs/new"
     done = preflight(ranks, config, "--run-dir", run)
     assert (done.returncode, done.survivors) == (0, 0), done.output
-    assert f"2 ranks on 1 hosts, engine {ranks.engine}" in done.output
+    assert f"2 ranks on 1 host, engine {ranks.engine}" in done.output
     assert re.search(r"preflight took [\d.]+ s, [\d.]+ s of it to start", done.output)
     found = json.loads((run / "preflight.json").read_text())
     assert found["complaints"] == [] and [place["rank"] for place in found["places"]] == [0, 1]
