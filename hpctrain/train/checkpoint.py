@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +63,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             shutil.rmtree(other)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
         raise MachineError(
-            f"cannot write checkpoint {final}: {reason}; make room and go on with --resume auto"
+            f"cannot write checkpoint {final}: {_reason(error)}; make room and go on with --resume auto"
         ) from error
     return final
 
@@ -113,6 +113,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _unusable(path: Path, reason: str) -> UserError:
     return UserError(f"checkpoint {path} is not usable: {reason}; resume from an older one or start a new run")
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    """The system's words; safetensors has them in a sentence with the name of a file that nobody knows."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(number[1])) if number else str(error)
 
 
 def _fill(folder: Path, checkpoint: Checkpoint) -> None:

@@ -32,13 +32,13 @@ class SampleLog:
 
     def noting(self, batches: Iterator[Batch], first_step: int, accumulation: int) -> Iterator[Batch]:
         """``batches`` as they are, each step noted when its last micro-batch is taken."""
-        step, ids = first_step, []
-        for batch in batches:
-            ids.append(batch.sample_ids[: batch.request.valid])
-            if len(ids) == accumulation:
-                shown = np.concatenate(ids).tolist()
-                self._log.append({"launch": self._launch, "step": step, "epoch": batch.request.epoch, "ids": shown})
-                step, ids = step + 1, []
+        ids: list[int] = []
+        for taken, batch in enumerate(batches, start=1):
+            ids += batch.sample_ids[: batch.request.valid].tolist()
+            if taken % accumulation == 0:
+                step = first_step + taken // accumulation - 1
+                self._log.append({"launch": self._launch, "step": step, "epoch": batch.request.epoch, "ids": ids})
+                ids = []
             yield batch
 
     def flush(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -149,11 +150,18 @@ def test_any_other_failure_of_the_thread_is_told_too(tmp_path: Path, monkeypatch
         writer.finished(60)
 
 
-def test_a_folder_that_cannot_take_files_is_named(tmp_path: Path) -> None:
-    """What safetensors reports is told as an OSError is."""
+def test_what_safetensors_reports_is_told_in_the_systems_words(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before := resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        with pytest.raises(MachineError, match=r"cannot write checkpoint .*/step-000005: File too large; make room"):
+            save_checkpoint(tmp_path, example(5), keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, before))
+    assert list(tmp_path.iterdir()) == []
     blocked = tmp_path / "checkpoints"
     blocked.write_text("not a folder")
-    with pytest.raises(MachineError, match=r"cannot write checkpoint .*checkpoints/step-000005"):
+    with pytest.raises(MachineError, match=r"cannot write checkpoint .*checkpoints/step-000005: File exists"):
         save_checkpoint(blocked, example(5), keep=1)
 
 
