@@ -57,6 +57,8 @@ class Provenance:
             "cpu": _cpu,
             "gpus": _gpus,
             "environment": lambda: relevant_environment(os.environ),
+            "modules": lambda: loaded_modules(os.environ),
+            "container": lambda: container(os.environ),
             "load_average_start": os.getloadavg,
         }
         self._record = {name: self._probe(name, probe) for name, probe in probes.items()}
@@ -105,6 +107,23 @@ def relevant_environment(environment: Mapping[str, str]) -> dict[str, str]:
         and name not in _LAUNCHERS_OWN
         and not _SECRET.search(name)
     }
+
+
+def loaded_modules(environment: Mapping[str, str]) -> list[str]:
+    """What `module list` shows, of Lmod and of Environment Modules."""
+    return [name for name in environment.get("LOADEDMODULES", "").split(":") if name]
+
+
+def container(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """The Apptainer or Singularity image that this process runs in: name, and size where it is in sight.
+
+    No digest: reading an image of many GB at the start of each run would cost more than it tells.
+    """
+    image = environment.get("APPTAINER_CONTAINER") or environment.get("SINGULARITY_CONTAINER")
+    if not image:
+        return None
+    path = Path(image)
+    return {"image": path.name, "bytes": path.stat().st_size if path.is_file() else None}
 
 
 def _versions() -> dict[str, str]:
