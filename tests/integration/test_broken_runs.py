@@ -67,7 +67,7 @@ def test_an_exception_on_one_rank_ends_the_job_and_is_told_first(ranks: Ranks, c
     assert done.returncode not in (0, None)
     assert done.output.count("Traceback (most recent call last)") == 1, done.output[-6000:]
     assert "ZeroDivisionError: a fault of the program" in done.output
-    first = next(line for line in done.output.splitlines() if "rank 1 on host" in line or "Traceback" in line)
+    first = next(line for line in done.output.splitlines() if "[rank 1 on host" in line or "Traceback" in line)
     assert re.search(r"\[rank 1 on host \S+, step 12, phase data\]$", first), first
     ended = [path.stat().st_mtime for path in (run / "checkpoints").iterdir()]
     assert saved_steps(run) == [10]
