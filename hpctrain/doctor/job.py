@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 import uuid
@@ -28,8 +29,9 @@ from hpctrain.doctor.judge import clock_complaints, complaints, unshared
 from hpctrain.doctor.place import Place, own_place
 from hpctrain.doctor.speed import Pace, measure
 from hpctrain.doctor.suspects import Suspect, confirm, find_suspects, sentence
-from hpctrain.errors import MachineError, UserError
+from hpctrain.errors import HpctrainError, MachineError, UserError
 from hpctrain.metrics.jsonfiles import to_json_value, write_atomic
+from hpctrain.topology import voice
 from hpctrain.topology.ranks import detect
 from hpctrain.train.session import open_session
 
@@ -38,6 +40,8 @@ FILE = "preflight.json"
 #: A file that was written elsewhere may take a network file system so long to show.
 _PATIENCE_S = 5.0
 _POLL_S = 0.1
+#: how long rank 0 gives the others to be gone
+_LEAVE_LAST_S = 2.0
 
 
 @dataclass
@@ -62,20 +66,32 @@ class Preflight:
 def job_command(config: Config, run_dir: Path | None, *, as_json: bool) -> None:
     """Look at this job before ``config`` is trained in it. Collective over the launcher's ranks.
 
-    Raises UserError with a line for each thing to mend, MachineError for nodes that are broken, or slow where
-    launch.slow_node is stop.
+    Where something is to be mended, or a node is broken, or slow and launch.slow_node is stop, rank 0 tells it and
+    leaves by SystemExit, with the status of a UserError or a MachineError. The others return: they leave first, so
+    that the launcher, which ends all ranks after one that fails, gives on that status and not one of its own.
     """
     with start_limit(config.comm.timeout_s, config.comm.engine) as started:
         comm_config = config.comm.model_copy(update={"startup_timeout_s": config.comm.timeout_s})
         with open_session(comm_config, config.train.device) as session:
             started.set()
+            rank = session.comm.rank
             found = examine_job(session.comm, config, run_dir, session.engine_reason)
-            if session.comm.rank == 0:
+            if rank == 0:
                 tell(found, config, run_dir, as_json=as_json)
-            if found.complaints:
-                raise UserError("\n".join(found.complaints))
-            if any(suspect.broken or config.launch.slow_node == "stop" for suspect in found.suspects):
-                raise MachineError(sentence(found.suspects))
+    error = verdict(found, config)
+    if error is not None and rank == 0:
+        print(voice.sentence(error), file=sys.stderr, flush=True)
+        time.sleep(_LEAVE_LAST_S if len(found.places) > 1 else 0)
+        raise SystemExit(error.exit_code)
+
+
+def verdict(found: Preflight, config: Config) -> HpctrainError | None:
+    """What keeps ``config`` from being trained here, if anything."""
+    if found.complaints:
+        return UserError("\n".join(found.complaints))
+    if any(suspect.broken or config.launch.slow_node == "stop" for suspect in found.suspects):
+        return MachineError(sentence(found.suspects))
+    return None
 
 
 @contextmanager
@@ -111,7 +127,11 @@ def examine_job(comm: Communicator, config: Config, run_dir: Path | None, engine
     found.complaints += complaints(places, config.train.device)
     found.complaints += clock_complaints(places, read_clocks(comm))
     if run_dir is not None:
-        found.complaints += unshared(places, comm.all_gather_object(sees_token(comm, run_dir)), str(run_dir))
+        try:
+            seen = comm.all_gather_object(sees_token(comm, run_dir))
+            found.complaints += unshared(places, seen, str(run_dir))
+        except UserError as error:
+            found.complaints.append(str(error))
     if not found.complaints:
         _find_suspects(comm, found)
     found.cost_s = comm.broadcast_object(_age_s())
@@ -119,7 +139,10 @@ def examine_job(comm: Communicator, config: Config, run_dir: Path | None, engine
 
 
 def sees_token(comm: Communicator, run_dir: Path) -> bool:
-    """Whether this rank reads in ``run_dir`` what rank 0 has just written there. Collective."""
+    """Whether this rank reads in ``run_dir`` what rank 0 has just written there. Collective.
+
+    Raises UserError, on all ranks, where rank 0 cannot write.
+    """
 
     def write() -> str:
         name = f".preflight-{uuid.uuid4().hex}"
@@ -176,7 +199,7 @@ def tell(found: Preflight, config: Config, run_dir: Path | None, *, as_json: boo
         print(text, end="", flush=True)
     else:
         render(found, warn=config.launch.slow_node == "warn")
-    if run_dir is not None:
+    if run_dir is not None and run_dir.is_dir():
         write_atomic(run_dir / FILE, text.encode())
 
 
