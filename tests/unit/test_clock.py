@@ -126,6 +126,18 @@ def test_interval_is_the_median_since_the_last_one(timer: FakeTimer) -> None:
     assert interval.images_per_s(64) == pytest.approx(3 * 64 / (3 * 8.0 + 102.0))
 
 
+def test_recent_steps_reach_back_over_readings_and_take_nothing_from_them(timer: FakeTimer) -> None:
+    clock = PhaseClock(CPU)
+    for step, forward_s in enumerate([50.0, 1.0, 2.0]):
+        one_step(clock, timer, step, forward_s)
+    clock.interval()
+    one_step(clock, timer, 4, 99.0)
+    recent = clock.recent(3)
+    assert (recent.steps, recent.phases_s["forward"]) == (3, 2.0)
+    assert clock.recent(100).steps == 4
+    assert clock.interval().phases_s["forward"] == 99.0
+
+
 def test_interval_without_steps_has_no_figures(timer: FakeTimer) -> None:
     interval = PhaseClock(CPU).interval()
     assert interval.steps == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from hpctrain.errors import UserError
+from hpctrain.metrics.clock import Interval
 from hpctrain.metrics.progress import SilentDisplay
 from hpctrain.metrics.steplog import EvalFigures, StepFigures
 from hpctrain.train.journal import Journal, not_finite
@@ -130,6 +132,31 @@ def test_ranks_agree_on_what_is_corrupt() -> None:
         return progress.corrupt
 
     assert run_group(3, rank) == [["old.jpg: cut", *shown]] * 3
+
+
+def test_a_slow_rank_is_told_and_costs_no_collective_of_its_own() -> None:
+    """Of figures that each rank has measured by itself; fewer than five steps are no ground for a judgement."""
+
+    def rank(comm: FakeCommunicator) -> tuple[list[StepFigures], int]:
+        own_s = 0.1 if comm.rank == 1 else 0.05
+        phases_s = {"data": 0.01, "forward": own_s, "backward": 0.1, "exposed_comm": 0.3 - own_s, "optimizer": 0.0}
+        clock: Any = SimpleNamespace(recent=lambda steps: Interval(min(steps, progress.step), 1.0, phases_s))
+        clock.interval = lambda: clock.recent(1)
+        parts, progress, kept = parts_of(recipe(train={"batch_per_worker": 4}), comm), Progress(), Kept()
+        journal = journal_of(replace(parts, clock=clock), kept)
+        before = len(comm.group.log[comm.rank])
+        for _ in range(6):
+            progress.advance(12, 12)
+            journal.add(torch.tensor(1.0))
+            journal.log(progress)
+        return kept.steps, len(comm.group.log[comm.rank]) - before
+
+    for told, collectives in run_group(3, rank):
+        assert collectives == len(told) == 6
+        assert [len(line.stragglers) for line in told] == [0, 0, 0, 0, 1, 1]
+        (straggler,) = told[-1].stragglers
+        assert (straggler.rank, straggler.host, straggler.phase) == (1, "host1", "forward")
+        assert (straggler.factor, straggler.first_step, straggler.last_step) == (pytest.approx(0.21 / 0.16), 1, 6)
 
 
 def test_all_sinks_are_closed() -> None:
