@@ -84,6 +84,8 @@ class Cluster:
     def kill(self, name: str) -> None:
         """Power off: all processes of the host end at once and its cable is gone, until ``boot``."""
         self._nodes[self._names[self._number(name) - 1]].kill()
+        # Its network would go by itself, but only when the kernel gets round to it.
+        self.head.run(["ip", "link", "delete", name], check=False)
 
     def cut(self, name: str) -> None:
         """Pull the host's cable; its card still believes in it, as behind a switch that has failed."""

@@ -85,6 +85,8 @@ class Host:
 
     def processes(self) -> list[psutil.Process]:
         """All that run on this host but its pid 1; the dead that nobody waited for are none."""
+        if not self.alive:
+            return []
         space = os.readlink(f"/proc/{self.pid}/ns/pid")
         found = []
         for process in psutil.process_iter():

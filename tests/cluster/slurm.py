@@ -134,7 +134,8 @@ class Slurm:
             time.sleep(_POLL_S)
 
     def kill_node(self, name: str) -> None:
-        """Power off."""
+        """Power off. No connection is closed: its peers hear nothing more of it."""
+        self.cluster.cut(name)
         self.cluster.kill(name)
 
     def boot_node(self, name: str) -> None:
@@ -169,9 +170,9 @@ class Slurm:
 
     def restore(self) -> None:
         """Undo whatever a test has done to the machines, cancel all jobs, and wait until all nodes are idle."""
+        for name in [host.name for host in self.cluster.hosts if not host.alive]:
+            self.boot_node(name)
         for host in self.cluster.hosts:
-            if not host.alive:
-                self.boot_node(host.name)
             self.cluster.mend(host.name)
             if not _running(host, "slurmd"):
                 self.start_slurmd(host.name)

@@ -16,7 +16,7 @@ CORES_PER_TASK = 4
 #: a node that has been silent for so long is down, and its jobs are requeued
 NODE_TIMEOUT_S = 15
 #: between SIGTERM and SIGKILL
-KILL_WAIT_S = 3
+KILL_WAIT_S = 10
 _MEMORY_MIB = 4096
 
 _SLURM_CONF = """\

@@ -14,7 +14,6 @@ import pytest
 from tests.cluster.cluster import leftovers
 from tests.cluster.host import HostError
 from tests.cluster.slurm import Slurm
-from tests.cluster.slurm_etc import NODE_TIMEOUT_S
 from tests.cluster.slurm_job import Job
 from tests.cluster.test_cluster import running, until
 from tests.needs import needs
@@ -145,21 +144,6 @@ def test_drain_and_resume(slurm: Slurm) -> None:
     slurm.scontrol(["update", "nodename=n2", "state=resume"])
     assert job.wait(60) == "COMPLETED"
     assert job.output == "n2\n"
-
-
-def test_a_killed_node_loses_its_job_and_comes_back(slurm: Slurm) -> None:
-    lines = ["[[ ${SLURM_RESTART_COUNT:-} ]] || srun bash -c 'echo begun; sleep 600'"]
-    job = slurm.sbatch([*PAIR, script(slurm, "kill.sh", *lines)])
-    await_both(job)
-    slurm.kill_node("n2")
-    job.wait_for("PENDING", NODE_TIMEOUT_S + 45)
-    assert slurm.node_states()["n2"].startswith("down")
-    slurm.boot_node("n2")
-    slurm.await_nodes("idle", ["n2"])
-    assert job.wait(90) == "COMPLETED", job.output
-    assert job.restarts == 1
-    assert slurm.srun(["--nodelist=n2", "hostname"]) == "n2\n"
-    assert not slurm.strangers()
 
 
 def test_a_short_cut_of_the_cable_is_survived(slurm: Slurm) -> None:

@@ -1,0 +1,169 @@
+"""Machines fail below a training that was submitted with the shipped script: it ends as it should or finishes, no
+process is left on any node, and the parameters it ends with are those of a run that nothing has happened to.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hpctrain.data.digits import make_digits
+from tests.cluster.slurm import Slurm
+from tests.cluster.slurm_etc import NODE_TIMEOUT_S
+from tests.cluster.training import LIMIT_S, Training, record_of, submit, train_alone, write_config
+from tests.needs import needs
+
+STEPS, NODES = 24, 2
+#: of the cables: a step takes a quarter of a second, in which the cores do little, so that faults find it at work
+RATE = "40mbit"
+
+pytestmark = pytest.mark.timeout(2 * LIMIT_S)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules() -> None:
+    needs("sklearn", "nvidia.dali", "mpi4py", "horovod")
+
+
+@pytest.fixture(scope="module")
+def _nodes(_slurm_possible: None) -> Iterator[Slurm]:
+    with Slurm(num_nodes=4, tasks_per_node=2, rate=RATE) as slurm:
+        yield slurm
+
+
+@pytest.fixture(scope="module")
+def config(_nodes: Slurm) -> Path:
+    make_digits(_nodes.shared / "digits")
+    return write_config(_nodes.shared, _nodes.shared / "digits", batch_per_worker=16, max_steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the parameters after all steps."""
+    run = train_alone(config, tmp_path_factory.mktemp("alone") / "run", NODES)
+    digest: str = record_of(run)["parameters_sha256"]
+    return digest
+
+
+@pytest.fixture
+def start(slurm: Slurm, config: Path) -> Callable[..., Training]:
+    """Submit on n1 and n2, or where told, and wait until the checkpoint of step 5 is there."""
+
+    def submitted(*overrides: str, options: tuple[str, ...] = ("--nodelist=n[1-2]",), engine: str = "mpi") -> Training:
+        env = {"HPCTRAIN_ENGINE": engine}
+        training = submit(slurm, config, *overrides, nodes=NODES, tasks=1, options=options, env=env)
+        training.wait_for_checkpoint(5)
+        return training
+
+    return submitted
+
+
+def finishes(slurm: Slurm, training: Training, undisturbed: str) -> None:
+    assert training.job.wait(LIMIT_S) == "COMPLETED", training.job.output
+    assert training.record()["parameters_sha256"] == undisturbed
+    assert [line["step"] for line in training.steps()] == list(range(1, STEPS + 1))
+    assert not slurm.strangers()
+
+
+def ranks_on(slurm: Slurm, name: str) -> list[int]:
+    host = next(host for host in slurm.cluster.hosts if host.name == name)
+    return [process.pid for process in host.processes() if "train" in process.cmdline()]
+
+
+@pytest.mark.parametrize("engine", ["mpi", "horovod"])
+def test_a_killed_rank_ends_the_job_which_a_requeue_finishes(
+    slurm: Slurm, start: Callable[..., Training], undisturbed: str, engine: str
+) -> None:
+    training = start(engine=engine)
+    for pid in ranks_on(slurm, "n2"):
+        subprocess.run(["kill", "-KILL", str(pid)], check=True)
+    assert training.job.wait(60) == "FAILED", training.job.output
+    assert "n2: task 1: Killed" in training.job.output
+    assert not slurm.strangers()
+    assert not (training.run / "record.json").exists()
+    training.job.requeue()
+    finishes(slurm, training, undisturbed)
+    assert training.record()["launch"]["restarts"] == 1
+
+
+def test_a_lost_node_is_replaced(slurm: Slurm, start: Callable[..., Training], undisturbed: str) -> None:
+    training = start(options=())
+    lost = training.job.nodes[1]
+    slurm.kill_node(lost)
+    training.job.wait_for("PENDING", NODE_TIMEOUT_S + 60)
+    assert slurm.node_states()[lost].startswith("down")
+    finishes(slurm, training, undisturbed)
+    assert training.job.restarts == 1
+    assert lost not in training.job.nodes
+    assert lost not in {row["host"] for row in training.record()["ranks"]}
+    slurm.boot_node(lost)
+    slurm.await_nodes("idle", [lost])
+    assert slurm.srun([f"--nodelist={lost}", "hostname"]) == f"{lost}\n"
+
+
+def test_a_cable_out_for_five_seconds_is_waited_for(
+    slurm: Slurm, start: Callable[..., Training], undisturbed: str
+) -> None:
+    training = start()
+    slurm.cluster.cut("n2")
+    time.sleep(5)
+    slurm.cluster.mend("n2")
+    finishes(slurm, training, undisturbed)
+    assert training.job.restarts == 0
+
+
+def test_a_cable_out_for_good_loses_the_node(slurm: Slurm, start: Callable[..., Training], undisturbed: str) -> None:
+    training = start(options=())
+    lost = training.job.nodes[1]
+    slurm.cluster.cut(lost)
+    training.job.wait_for("PENDING", NODE_TIMEOUT_S + 60)
+    assert training.job.wait(LIMIT_S) == "COMPLETED", training.job.output
+    assert lost not in training.job.nodes
+    # Cut off, the node has not heard of the job's end.
+    slurm.cluster.mend(lost)
+    slurm.await_nodes("idle", [lost])
+    finishes(slurm, training, undisturbed)
+
+
+def test_requeued_by_the_administrator(slurm: Slurm, start: Callable[..., Training], undisturbed: str) -> None:
+    training = start()
+    training.job.requeue()
+    finishes(slurm, training, undisturbed)
+    assert training.job.restarts == 1
+
+
+def test_a_warning_leads_to_a_checkpoint_and_a_requeue(
+    slurm: Slurm, start: Callable[..., Training], undisturbed: str
+) -> None:
+    training = start()
+    training.job.signal("USR1", batch=True)
+    finishes(slurm, training, undisturbed)
+    assert training.job.restarts == 1
+    launch = training.record()["launch"]
+    assert (launch["restarts"], launch["preemptions"]) == (1, 1)
+
+
+def test_a_full_disk_ends_the_job_and_what_was_saved_before_counts(
+    slurm: Slurm, config: Path, undisturbed: str
+) -> None:
+    """On one node, whose folder of runs is a file system of 4 MB: room for the log and one checkpoint."""
+    runs = slurm.shared / "small-disk"
+    runs.mkdir()
+    first = slurm.cluster.hosts[0]
+    first.run(["mount", "-t", "tmpfs", "-o", "size=4m", "small", str(runs)])
+    env = {"HPCTRAIN_ENGINE": "mpi", "HPCTRAIN_RUNS": str(runs)}
+    training = submit(slurm, config, nodes=1, tasks=NODES, options=("--nodelist=n1",), env=env)
+    assert (training.job.wait(LIMIT_S), training.job.exit_code) == ("FAILED", 1), training.job.output
+    assert "No space left on device" in training.job.output
+    assert not slurm.strangers()
+    first.run(["mount", "-o", "remount,size=100m", str(runs)])
+    training.job.requeue()
+    assert training.job.wait(LIMIT_S) == "COMPLETED", training.job.output
+    record = json.loads(first.run(["cat", str(runs / training.run.name / "record.json")]).stdout)
+    assert record["parameters_sha256"] == undisturbed
+    assert record["launch"]["restarts"] == 1
