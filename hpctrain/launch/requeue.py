@@ -10,10 +10,14 @@ from collections.abc import Mapping
 
 from hpctrain.config.launch import LaunchConfig
 from hpctrain.errors import UserError
+from hpctrain.launch.durations import parse_duration
 from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.slurm import SlurmRefusal, ask_slurm
 
 _REMEDY = "to go on, submit it again with HPCTRAIN_RUN_DIR set to its run directory"
+
+#: What Slurm says of a job that it is ending itself. Cancelled, it is not to start again; preempted, Slurm starts it.
+_ENDING = ("COMPLETING", "CANCELLED", "PREEMPTED")
 
 
 class NotRequeued(UserError):
@@ -38,7 +42,13 @@ def requeue(config: LaunchConfig, environ: Mapping[str, str]) -> str:
             f"job {job} has been started again {restarts} times already (launch.max_requeues={config.max_requeues}): "
             f"find out why it is stopped so often; {_REMEDY}"
         )
-    if not _may_be_requeued(job, environ):
+    facts = ask_slurm(["scontrol", "show", "job", "--oneliner", job], environ)
+    # The ranks of a cancelled job leave with the same status, and Slurm would start it again if it were asked to.
+    if (state := _fact("JobState", facts)) in _ENDING and not _ran_to_its_limit(facts):
+        raise NotRequeued(
+            f"job {job} was cancelled or preempted ({state}) and is not started again from here: {_REMEDY}"
+        )
+    if _fact("Requeue", facts) == "0":
         raise NotRequeued(f"Slurm may not start job {job} again (--no-requeue, or the site's JobRequeue=0): {_REMEDY}")
     try:
         ask_slurm(["scontrol", "requeue", job], environ)
@@ -47,9 +57,15 @@ def requeue(config: LaunchConfig, environ: Mapping[str, str]) -> str:
     return f"job {job} is requeued ({restarts + 1} of at most {config.max_requeues})"
 
 
-def _may_be_requeued(job: str, environ: Mapping[str, str]) -> bool:
-    told = re.search(r"\bRequeue=(\d)", ask_slurm(["scontrol", "show", "job", "--oneliner", job], environ))
-    return told is None or told[1] != "0"
+def _fact(key: str, facts: str) -> str | None:
+    """The value of ``key`` in a line of `scontrol show job`."""
+    match = re.search(rf"(?<!\S){key}=(\S+)", facts)
+    return match and match[1]
+
+
+def _ran_to_its_limit(facts: str) -> bool:
+    run, limit = (parse_duration(_fact(key, facts) or "") for key in ("RunTime", "TimeLimit"))
+    return run is not None and limit is not None and run >= limit
 
 
 def _hand_over(environ: Mapping[str, str]) -> str:

@@ -45,6 +45,25 @@ def test_a_site_may_forbid_it(tmp_path: Path) -> None:
     assert len(scontrol.calls) == 1
 
 
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PREEMPTED"])
+@pytest.mark.parametrize(
+    ("run", "limit"), [("00:04:59", "UNLIMITED"), ("00:04:59", "00:05:00"), ("00:00:00", "1-00:00:00")]
+)
+def test_what_its_owner_or_slurm_has_ended_is_left_so(tmp_path: Path, state: str, run: str, limit: str) -> None:
+    """A cancelled job's ranks write their checkpoint and leave with 75 as well, and Slurm would start it again."""
+    facts = f"JobId=77 JobState={state} Reason=None Requeue=1 RunTime={run} TimeLimit={limit}\n"
+    scontrol = Double(tmp_path, "scontrol", stdout=facts)
+    assert not_requeued(tmp_path).startswith(f"job 77 was cancelled or preempted ({state}) and is not started again")
+    assert len(scontrol.calls) == 1
+
+
+def test_a_job_that_ran_to_its_time_limit_is_started_again(tmp_path: Path) -> None:
+    facts = "JobId=77 JobState=COMPLETING Requeue=1 RunTime=1-00:00:02 TimeLimit=1-00:00:00\n"
+    scontrol = Double(tmp_path, "scontrol", stdout=facts)
+    assert requeue(LaunchConfig(), environment(tmp_path)).startswith("job 77 is requeued")
+    assert scontrol.calls[-1] == ["requeue", "77"]
+
+
 def test_slurm_may_refuse(tmp_path: Path) -> None:
     (tmp_path / "scontrol").write_text('#!/bin/bash\n[[ $1 == show ]] && exit\necho "Job is completing" >&2\nexit 1\n')
     (tmp_path / "scontrol").chmod(0o755)
