@@ -161,19 +161,29 @@ def _resources(site: Site, request: Request, config: Config) -> dict[str, str | 
     cores = site.need("cores_per_node")
     if tasks > cores:
         raise UserError(f"{tasks} ranks a node are more than its {cores} cores ({site.path}): ask for fewer")
+    # With a part of a node's GPUs goes as large a part of the rest: others may use it, and rates stay comparable.
+    whole = site.gpus_per_node if gpus and site.gpus_per_node else tasks
     return {
         "nodes": request.nodes,
         "ntasks-per-node": tasks,
-        "cpus-per-task": cores // tasks,
+        "cpus-per-task": max(1, cores // whole),
         "gres": f"gpu:{gpus}" if gpus and site.gres == "gres" else None,
         "gpus-per-node": gpus if gpus and site.gres == "gpus" else None,
-        "mem": site.memory_per_node,
+        "mem": _share(site.memory_per_node, tasks, whole) if site.memory_per_node else None,
         "partition": site.partition,
         "account": site.account,
         "qos": site.qos,
         "time": request.time or site.max_time,
         "array": request.array,
     }
+
+
+def _share(memory: str, part: int, whole: int) -> str:
+    """``part`` of ``whole`` of a size that Slurm reads, whose plain numbers are MiB."""
+    if part == whole:
+        return memory
+    size, unit = re.fullmatch(r"(\d+)([KMGT]?)", memory, re.ASCII).groups()  # type: ignore[union-attr]  # as Site checks
+    return f"{int(size) * 1024 ** ' KMGT'.index(unit or 'M') * part // whole // 1024}K"
 
 
 def _gpus_and_tasks(site: Site, request: Request, config: Config) -> tuple[int, int]:

@@ -84,6 +84,13 @@ def test_gpus_are_asked_for_as_the_site_wants(here: Path) -> None:
     assert "--gpus-per-node=2" in prepared(Request(1, gpus_per_node=2)).argv
 
 
+@pytest.mark.parametrize(("memory", "share"), [("480G", "125829120K"), ("8", "2048K"), ("1T", "268435456K")])
+def test_a_part_of_the_gpus_comes_with_that_part_of_the_node(here: Path, memory: str, share: str) -> None:
+    (here / "gpu.env").write_text(GPU_SITE.replace("480G", memory))
+    argv = prepared(Request(1, gpus_per_node=2)).argv
+    assert {"--gres=gpu:2", "--ntasks-per-node=2", "--cpus-per-task=14", f"--mem={share}"} < set(argv)
+
+
 def test_an_array_takes_turns_in_one_run_directory(here: Path) -> None:
     (here / "gpu.env").write_text(f"{GPU_SITE}HPCTRAIN_REQUEUE=no\n")
     submission = prepared(Request(1, array="3-9%1"))
