@@ -130,6 +130,21 @@ def test_a_cable_out_for_good_loses_the_node(slurm: Slurm, start: Callable[..., 
     finishes(slurm, training, undisturbed)
 
 
+def test_daemons_and_drains_do_not_touch_the_job(
+    slurm: Slurm, start: Callable[..., Training], undisturbed: str
+) -> None:
+    training = start()
+    slurm.signal_daemon("n2", "slurmd", "KILL")
+    slurm.scontrol(["update", "nodename=n1", "state=drain", "reason=test"])
+    slurm.stop_controller()
+    slurm.start_controller()
+    training.wait_for_step(12)
+    slurm.start_slurmd("n2")
+    finishes(slurm, training, undisturbed)
+    assert training.job.restarts == 0
+    slurm.await_nodes("drained", ["n1"])
+
+
 def test_requeued_by_the_administrator(slurm: Slurm, start: Callable[..., Training], undisturbed: str) -> None:
     training = start()
     training.job.requeue()
@@ -146,6 +161,34 @@ def test_a_warning_leads_to_a_checkpoint_and_a_requeue(
     assert training.job.restarts == 1
     launch = training.record()["launch"]
     assert (launch["restarts"], launch["preemptions"]) == (1, 1)
+
+
+def test_cancelled_a_run_goes_on_from_a_checkpoint_that_is_whole(
+    slurm: Slurm, start: Callable[..., Training], undisturbed: str
+) -> None:
+    """scancel: SIGTERM, and SIGKILL after KillWait. Then the newest checkpoint rots."""
+    training = start()
+    training.wait_for_checkpoint(10)
+    training.job.cancel()
+    assert training.job.wait(60) == "CANCELLED", training.job.output
+    assert not slurm.strangers()
+    newest = max((training.run / "checkpoints").glob("step-*"))
+    largest = max(newest.iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    training.job.requeue()
+    finishes(slurm, training, undisturbed)
+    assert str(newest) in training.job.output
+
+
+def test_the_second_of_two_jobs_on_one_run_directory_is_refused(slurm: Slurm, start: Callable[..., Training]) -> None:
+    training = start("train.max_steps=5000")
+    command = f"srun python -m hpctrain train {training.run}/config.yaml --run-dir {training.run}"
+    second = slurm.sbatch(["--nodes=1", "--wrap", command])
+    assert (second.wait(LIMIT_S), second.exit_code) == ("FAILED", 2), second.output
+    assert str(training.run) in second.output
+    assert training.job.state == "RUNNING"
 
 
 def test_a_full_disk_ends_the_job_and_what_was_saved_before_counts(
