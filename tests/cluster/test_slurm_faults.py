@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.data.digits import make_digits
+from hpctrain.launch.exits import PREEMPTED
 from tests.cluster.slurm import Slurm
 from tests.cluster.slurm_etc import NODE_TIMEOUT_S
 from tests.cluster.training import LIMIT_S, Training, record_of, submit, train_alone, write_config
@@ -161,6 +162,16 @@ def test_a_warning_leads_to_a_checkpoint_and_a_requeue(
     assert training.job.restarts == 1
     launch = training.record()["launch"]
     assert (launch["restarts"], launch["preemptions"]) == (1, 1)
+
+
+def test_where_a_requeue_is_forbidden_the_job_ends_with_its_own_status(
+    slurm: Slurm, start: Callable[..., Training]
+) -> None:
+    training = start(options=("--no-requeue",))
+    training.job.signal("TERM", batch=True)
+    assert (training.job.wait(60), training.job.exit_code) == ("FAILED", PREEMPTED), training.job.output
+    assert "--no-requeue" in training.job.output
+    assert not slurm.strangers()
 
 
 def test_cancelled_a_run_goes_on_from_a_checkpoint_that_is_whole(

@@ -278,9 +278,10 @@ def test_signals_are_passed_on_and_waited_for(job: Path, name: str) -> None:
     srun = job / "bin/srun"
     srun.write_text(
         "#!/bin/bash\n[[ $* != *'doctor --job'* ]] || exit 0\n"
-        f"trap 'sleep 0.5; echo {name} came; exit 75' {name}\ntouch ready\n"
+        f"trap 'sleep 0.5; echo {name} came; exit 75' {name}\necho $$ > pid\ntouch ready\n"
         "for ((i = 0; i < 600; i++)); do sleep 0.1; done\n"
     )
+    (job / "bin/scancel").write_text('#!/bin/bash\n[[ $* == "--signal=TERM 30077" ]] && kill -s TERM "$(<pid)"\n')
     process = subprocess.Popen(
         ["bash", str(TRAIN), "small.yaml"], cwd=job, env=environment(job, {}), stdout=subprocess.PIPE, text=True
     )
