@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -61,4 +62,5 @@ def test_a_rank_that_hangs_ends_the_job() -> None:
     limits = ["--set", "comm.timeout_s=4", "--set", "comm.startup_timeout_s=4"]
     done = hpctrain(Ranks("torch", "torchrun", 2), *SMALL, *limits, through=[FAULTY, "hangs"])
     assert (done.returncode, done.survivors, done.timed_out) == (1, 0, False), done.output[-6000:]
-    assert "no progress for 4 s" in done.output and "phase exchange" in done.output, done.output[-6000:]
+    found = re.search(r"no progress for (\d+) s: .*phase exchange", done.output)
+    assert found and 4 <= int(found[1]) <= 12, done.output[-6000:]
