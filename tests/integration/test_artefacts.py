@@ -72,7 +72,7 @@ def test_the_record(run: Path) -> None:
 
 
 def test_the_logs(run: Path) -> None:
-    steps, evals = read_steps(run / "steps.jsonl"), read_evals(run / "evals.jsonl", "launches.jsonl")
+    steps, evals = read_steps(run / "steps.jsonl"), read_evals(run / "evals.jsonl")
     assert [line["step"] for line in steps] == [4, 8, 12, 16, 20, 22, 24, 28, 32, 36, 40, 44]
     assert [(line["step"], line["epoch"], line["seen"]) for line in evals] == [(22, 1.0, 359), (44, 2.0, 359)]
     assert set(steps[0]["phases_s"]) == {"data", "forward", "backward", "exposed_comm", "optimizer"}
