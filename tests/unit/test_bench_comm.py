@@ -255,7 +255,7 @@ def test_the_record_has_every_sample_bandwidths_and_a_fit_for_each_case() -> Non
         assert (one["engine"], one["world_size"], one["hosts"]) == ("fake", 2, 1)
         assert one["alpha_s"] >= 0 and one["beta_s_per_byte"] >= 0
     assert record["provenance"]["steal_share"] is not None
-    assert record["sentence"].endswith("every result was exact.")
+    assert "every result was exact." in record["sentence"], "what the machine lost to others may follow"
 
 
 @pytest.mark.usefixtures("short_blocks")

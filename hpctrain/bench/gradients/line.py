@@ -14,6 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from hpctrain.errors import MachineError
@@ -134,7 +135,8 @@ class Caller:
             self.answer({BEAT: True})
 
     def _read(self) -> None:
-        with self._socket.makefile("rb") as lines:
+        # A bench that goes with something unread resets the line instead of closing it.
+        with suppress(ConnectionError), self._socket.makefile("rb") as lines:
             for line in lines:
                 self._orders.put(json.loads(line))
         os._exit(1)
