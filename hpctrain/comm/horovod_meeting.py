@@ -10,9 +10,8 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import psutil
-
 from hpctrain.errors import MachineError
+from hpctrain.topology.network import interface_towards
 from hpctrain.topology.ranks import Topology, place
 
 CONTROLLER = "HOROVOD_CONTROLLER"
@@ -73,12 +72,9 @@ def _places(topology: Topology, hosts: Sequence[str]) -> dict[str, str]:
 def interface_to(host: str) -> str:
     """The name of this host's network interface on the way to ``host``; MachineError where there is no way."""
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))
-            address = probe.getsockname()[0]
+        name = interface_towards(host, socket.AF_INET)
     except OSError as error:
         raise MachineError(f"{socket.gethostname()} has no way to {host}: {error.strerror or error}") from error
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in addresses):
-            return name
-    raise MachineError(f"no network interface of {socket.gethostname()} has the address {address}")
+    if name is None:
+        raise MachineError(f"no network interface of {socket.gethostname()} has the address that leads to {host}")
+    return name

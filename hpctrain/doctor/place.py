@@ -9,22 +9,19 @@ import hashlib
 import os
 import platform
 import re
-import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 import hpctrain
+from hpctrain.topology.network import interface_towards
 from hpctrain.topology.ranks import Topology
 
 _NODES = Path("/sys/devices/system/node")
 _INFINIBAND = Path("/sys/class/infiniband")
-#: Any port will do: nothing is sent.
-_DISCARD_PORT = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +107,11 @@ def numa_nodes(cores: list[int], root: Path = _NODES) -> tuple[int, ...]:
 def card_towards(host: str) -> str:
     """The interface by which ``host`` is reached, and the InfiniBand devices beside it; empty where it is not."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, _DISCARD_PORT, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            # A datagram socket only looks up the route.
-            probe.connect(address)
-            mine = probe.getsockname()[0]
+        name = interface_towards(host)
     except OSError:
         return ""
-    cards = [
-        name
-        for name, addresses in psutil.net_if_addrs().items()
-        if any(entry.address.partition("%")[0] == mine for entry in addresses)
-    ]
     infiniband = sorted(path.name for path in _INFINIBAND.glob("*"))
-    return ", ".join([*cards[:1], *infiniband])
+    return ", ".join([*([name] if name else []), *infiniband])
 
 
 def code_version() -> dict[str, str]:

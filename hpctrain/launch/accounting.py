@@ -15,9 +15,8 @@ from typing import Any
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.slurm import ask_slurm
 from hpctrain.metrics.jsonfiles import read_log
-from hpctrain.metrics.record import RECORD_FILE, read_record, write_record
+from hpctrain.metrics.record import LAUNCHES_FILE, RECORD_FILE, read_record, write_record
 
-_LAUNCHES_FILE = "launches.jsonl"
 _FIELDS = (
     "JobID",
     "JobIDRaw",
@@ -54,7 +53,7 @@ def account(run_dir: Path, environ: Mapping[str, str], patience_s: float = _PATI
 
 def _jobs_of(run_dir: Path) -> list[str]:
     """Numbers of the jobs that took the run up, in that order; none where it was not trained under Slurm."""
-    path = run_dir / _LAUNCHES_FILE
+    path = run_dir / LAUNCHES_FILE
     lines: Iterable[dict[str, Any]] = read_log(path) if path.exists() else ()
     return list(dict.fromkeys(line["slurm_job_id"] for line in lines if "slurm_job_id" in line))
 

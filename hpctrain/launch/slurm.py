@@ -17,7 +17,7 @@ class SlurmRefusal(UserError):
     """Slurm was asked and said no; the text is its own reason, in its own words."""
 
 
-def ask_slurm(argv: Sequence[str], environ: Mapping[str, str]) -> str:
+def ask_slurm(argv: Sequence[str], environ: Mapping[str, str], timeout_s: float = _TIMEOUT_S) -> str:
     """What the command prints.
 
     Raises SlurmRefusal with the command's reason, UserError where there is no such command, MachineError where
@@ -25,14 +25,14 @@ def ask_slurm(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     """
     try:
         done = subprocess.run(
-            argv, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            argv, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False
         )
     except FileNotFoundError:
         raise UserError(
             f"{argv[0]} is not on PATH: run this on a login node of a Slurm cluster, or load the module that has it"
         ) from None
     except subprocess.TimeoutExpired:
-        raise MachineError(f"{shlex.join(argv[:2])}: no answer from Slurm within {_TIMEOUT_S:g} s") from None
+        raise MachineError(f"{shlex.join(argv[:2])}: no answer from Slurm within {timeout_s:g} s") from None
     if done.returncode == 0:
         return done.stdout
     reason = _reason(argv[0], done.stderr) or f"{argv[0]} left with status {done.returncode} and no word"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+
+from hpctrain.errors import HpctrainError
+from hpctrain.launch.slurm import ask_slurm
 
 #: ranks learn of a request and agree on a step by way of a channel that each looks at once a second
 _AGREEMENT_S = 3.0
@@ -62,13 +64,6 @@ def parse_end(text: str) -> float | None:
 def _ask_squeue(environ: Mapping[str, str]) -> str:
     command = ["squeue", "--noheader", f"--jobs={environ['SLURM_JOB_ID']}", "--format=%e"]
     try:
-        done = subprocess.run(
-            command,
-            env={**environ, "SLURM_TIME_FORMAT": "standard"},
-            capture_output=True,
-            text=True,
-            timeout=_SQUEUE_TIMEOUT_S,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return ask_slurm(command, {**environ, "SLURM_TIME_FORMAT": "standard"}, _SQUEUE_TIMEOUT_S)
+    except (HpctrainError, OSError):
         return ""
-    return done.stdout if done.returncode == 0 else ""

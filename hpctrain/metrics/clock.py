@@ -196,13 +196,13 @@ class PhaseClock:
         self._settle(len(self._pending))
         rows = self._table.since(self._interval_start)
         self._interval_start = self._table.length
-        return Interval(len(rows), float(rows[:, _NUM_PHASES].sum(dtype=np.float64)), _medians(rows))
+        return _interval_of(rows)
 
     def recent(self, steps: int) -> Interval:
         """The last ``steps`` steps that ended, or all if they are fewer; ``interval`` does not notice."""
         self._settle(len(self._pending))
         rows = self._table.since(max(0, self._table.length - steps))
-        return Interval(len(rows), float(rows[:, _NUM_PHASES].sum(dtype=np.float64)), _medians(rows))
+        return _interval_of(rows)
 
     def summary(self) -> RunTimes:
         """All steps so far, by ``WARMUP_RULE``; ends an evaluation or checkpoint that runs."""
@@ -251,6 +251,10 @@ def after_warmup(paused: np.ndarray) -> np.ndarray:
     kept = np.arange(dropped, steps)
     undisturbed = kept[~paused[dropped:]]
     return undisturbed if len(undisturbed) else kept
+
+
+def _interval_of(rows: np.ndarray) -> Interval:
+    return Interval(len(rows), float(rows[:, _NUM_PHASES].sum(dtype=np.float64)), _medians(rows))
 
 
 def _medians(rows: np.ndarray) -> dict[str, float]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RECORD_FILE = "record.json"
+LAUNCHES_FILE = "launches.jsonl"
 SCHEMA: Literal[1] = 1
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -72,7 +72,8 @@ class Journal:
         parts, steps = self._parts, self._steps
         if steps == 0:
             return
-        interval, recent = parts.clock.interval(), parts.clock.recent(max(steps, MIN_STEPS))
+        interval = parts.clock.interval()
+        recent = interval if interval.steps >= MIN_STEPS else parts.clock.recent(MIN_STEPS)
         loss, corrupt_anywhere, wire, seconds = self._reduce(progress, recent.phases_s)
         for name, count in wire.items():
             progress.wire[name] += count

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.metrics.jsonfiles import DurableLog, read_log
+from hpctrain.metrics.record import LAUNCHES_FILE
 
-FILE = "launches.jsonl"
 _SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
 
 
@@ -35,7 +35,7 @@ class Launches:
     """The launches of a run directory, this one included as soon as it has begun."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / FILE
+        self._path = run_dir / LAUNCHES_FILE
 
     def begin(self, step: int, world_size: int, train_samples: int, environ: Mapping[str, str] = os.environ) -> int:
         """Note durably that training goes on from ``step``; returns the launch's number, from 0."""
@@ -61,7 +61,7 @@ class Launches:
 
 def read_launches(run_dir: Path) -> list[Launch]:
     """In order; empty for a run directory that has none. Raises UserError for a damaged file."""
-    path = run_dir / FILE
+    path = run_dir / LAUNCHES_FILE
     if not path.exists():
         return []
     begun: list[dict[str, Any]] = []
