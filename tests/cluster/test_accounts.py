@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hpctrain.data.digits import make_digits
 from hpctrain.topology.hosts import hosts
 from tests.cluster.slurm import Slurm
-from tests.cluster.training import LIMIT_S, submit, write_config
+from tests.cluster.training import LIMIT_S, digits_config, submit
 from tests.needs import needs
 
 pytestmark = pytest.mark.timeout(2 * LIMIT_S)
@@ -15,9 +14,7 @@ pytestmark = pytest.mark.timeout(2 * LIMIT_S)
 
 def test_the_record_has_the_accounts_of_each_start(slurm: Slurm) -> None:
     needs("sklearn", "nvidia.dali", "mpi4py")
-    make_digits(slurm.shared / "digits")
-    config = write_config(slurm.shared, slurm.shared / "digits", batch_per_worker=16, max_steps=80)
-    training = submit(slurm, config, nodes=2, tasks=1, env={"HPCTRAIN_ENGINE": "mpi"})
+    training = submit(slurm, digits_config(slurm, 80), nodes=2, tasks=1, env={"HPCTRAIN_ENGINE": "mpi"})
     training.wait_for_checkpoint(5)
     training.job.requeue()
     assert training.job.wait(LIMIT_S) == "COMPLETED", training.job.output

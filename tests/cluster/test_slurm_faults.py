@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.data.digits import make_digits
 from hpctrain.launch.exits import PREEMPTED
 from tests.cluster.slurm import Slurm
 from tests.cluster.slurm_etc import NODE_TIMEOUT_S
-from tests.cluster.training import LIMIT_S, Training, record_of, submit, train_alone, write_config
+from tests.cluster.training import LIMIT_S, Training, digits_config, record_of, submit, train_alone
 from tests.needs import needs
 
 STEPS, NODES = 24, 2
@@ -39,8 +38,7 @@ def _nodes(_slurm_possible: None) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def config(_nodes: Slurm) -> Path:
-    make_digits(_nodes.shared / "digits")
-    return write_config(_nodes.shared, _nodes.shared / "digits", batch_per_worker=16, max_steps=STEPS)
+    return digits_config(_nodes, STEPS)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.data.digits import make_digits
 from tests.cluster.host import Traffic
 from tests.cluster.slurm import Slurm
 from tests.cluster.test_cluster import until
-from tests.cluster.training import LIMIT_S, ROOT, Training, losses, record_of, submit, train_alone, write_config
+from tests.cluster.training import LIMIT_S, ROOT, Training, digits_config, losses, record_of, submit, train_alone
 from tests.needs import needs
 
 NODES, TASKS, STEPS = 4, 2, 12
@@ -40,8 +39,7 @@ def _modules() -> None:
 
 @pytest.fixture(scope="module")
 def config(_nodes: Slurm) -> Path:
-    make_digits(_nodes.shared / "digits")
-    return write_config(_nodes.shared, _nodes.shared / "digits", batch_per_worker=16, max_steps=STEPS)
+    return digits_config(_nodes, STEPS)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpctrain.data.digits import make_digits
 from tests.cluster.slurm import Slurm
 from tests.cluster.slurm_job import Job
 from tests.parallel.launch import launch
@@ -73,6 +74,12 @@ def write_config(folder: Path, data: Path, *, batch_per_worker: int, max_steps: 
     }
     path.write_text(json.dumps(sections))  # JSON is YAML
     return path
+
+
+def digits_config(slurm: Slurm, max_steps: int) -> Path:
+    """The digits in the shared folder, and a configuration that trains on them."""
+    make_digits(slurm.shared / "digits")
+    return write_config(slurm.shared, slurm.shared / "digits", batch_per_worker=16, max_steps=max_steps)
 
 
 def train_alone(config: Path, run: Path, num_ranks: int) -> Path:
