@@ -111,7 +111,8 @@ def run_job(
             process = subprocess.Popen(
                 argv,
                 cwd=ROOT,
-                env=environment({RESULTS: folder, JOB: job, **(env or {})}),
+                # A killed mpirun leaves its session's folder, and the next of that process id cannot start beside it.
+                env=environment({RESULTS: folder, JOB: job, "TMPDIR": folder, **(env or {})}),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
