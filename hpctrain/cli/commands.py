@@ -13,7 +13,7 @@ from hpctrain import __version__
 from hpctrain.cli.bench import bench_app
 from hpctrain.cli.data import data_app
 from hpctrain.cli.launch import account, requeue, submit
-from hpctrain.cli.options import ConfigPath, JsonFile, Overrides, ended_by_interrupt
+from hpctrain.cli.options import ConfigPath, JsonFile, JsonMayStandAlone, Overrides, ended_by_interrupt
 from hpctrain.cli.scaling import scaling_app
 from hpctrain.errors import HpctrainError, UserError
 
@@ -87,7 +87,7 @@ def evaluate(
     eval_command(run, overrides or [], json_file)
 
 
-@app.command()
+@app.command(cls=JsonMayStandAlone)
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="with --job: the YAML recipe that is to be trained")] = None,
     overrides: Overrides = None,
@@ -95,39 +95,44 @@ def doctor(
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", metavar="DIR", help="with --job: see that all hosts share it")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="[FILE]", help="write the result there as JSON; without FILE, print it instead"),
+    ] = None,
 ) -> None:
     """Tell what each engine and loader needs and has; exit 0 when `auto` would work.
 
     With --job, behind srun, mpirun or horovodrun in an allocation: where each rank runs, what is wrong with that,
-    and which node is slow or broken; with --run-dir the figures are left there in preflight.json.
+    and which node is slow or broken. What it writes is then also in DIR/preflight.json, where --run-dir names DIR.
     """
     if job:
-        _doctor_job(config, overrides or [], run_dir, as_json)
+        _doctor_job(config, overrides or [], run_dir, json_file)
         return
     if config is not None or overrides or run_dir is not None:
         raise UserError(
             "a configuration, --set and --run-dir are for `hpctrain doctor --job`: add --job, or leave them out"
         )
     from hpctrain.doctor.machine import examine, render, to_json
+    from hpctrain.doctor.outcome import tell
 
     report = examine()
-    typer.echo(to_json(report)) if as_json else render(report)
+    tell(to_json(report), lambda: render(report), json_file)
     raise typer.Exit(report.exit_code)
 
 
-def _doctor_job(config: Path | None, overrides: list[str], run_dir: Path | None, as_json: bool) -> None:
+def _doctor_job(config: Path | None, overrides: list[str], run_dir: Path | None, json_file: Path | None) -> None:
     from hpctrain.config.load import load_config
 
     if config is None:
         raise UserError(
-            "doctor --job looks at what training will meet: name its configuration, such as configs/imagenet.yaml"
+            "doctor --job looks at what training will meet: name its configuration, such as configs/imagenet.yaml, "
+            "before --json"
         )
     settings = load_config(config, overrides)
     with ended_by_interrupt():
         from hpctrain.doctor.job import job_command
 
-    job_command(settings, run_dir, as_json=as_json)
+    job_command(settings, run_dir, json_file)
 
 
 app.command()(submit)

@@ -26,6 +26,7 @@ from hpctrain.comm.process import end_process
 from hpctrain.config.schema import Config
 from hpctrain.doctor.clocks import read_clocks
 from hpctrain.doctor.judge import clock_complaints, complaints, unshared
+from hpctrain.doctor.outcome import tell
 from hpctrain.doctor.place import Place, own_place
 from hpctrain.doctor.speed import Pace, measure
 from hpctrain.doctor.suspects import Suspect, confirm, find_suspects, sentence
@@ -63,7 +64,7 @@ class Preflight:
         return {"schema": SCHEMA, "ok": not (self.complaints or self.suspects), **to_json_value(asdict(self))}
 
 
-def job_command(config: Config, run_dir: Path | None, *, as_json: bool) -> None:
+def job_command(config: Config, run_dir: Path | None, json_file: Path | None) -> None:
     """Look at this job before ``config`` is trained in it. Collective over the launcher's ranks.
 
     Where something is to be mended, or a node is broken, or slow and launch.slow_node is stop, rank 0 tells it and
@@ -77,7 +78,7 @@ def job_command(config: Config, run_dir: Path | None, *, as_json: bool) -> None:
             rank = session.comm.rank
             found = examine_job(session.comm, config, run_dir, session.engine_reason)
             if rank == 0:
-                tell(found, config, run_dir, as_json=as_json)
+                leave_findings(found, config, run_dir, json_file)
     error = verdict(found, config)
     if error is not None and rank == 0:
         print(voice.sentence(error), file=sys.stderr, flush=True)
@@ -190,17 +191,14 @@ def _measure_all(comm: Communicator, places: Sequence[Place]) -> list[Pace]:
     return [Pace.from_record(record) for record in comm.all_gather_object(pace.to_record())]
 
 
-def tell(found: Preflight, config: Config, run_dir: Path | None, *, as_json: bool) -> None:
-    """Print ``found``, and leave it in the run directory. Rank 0 alone."""
+def leave_findings(found: Preflight, config: Config, run_dir: Path | None, json_file: Path | None) -> None:
+    """Tell ``found`` (see ``outcome.tell``), and leave it in the run directory too. Rank 0 alone."""
     from hpctrain.doctor.job_table import render
 
-    text = json.dumps(found.to_record(), indent=2, allow_nan=False) + "\n"
-    if as_json:
-        print(text, end="", flush=True)
-    else:
-        render(found, warn=config.launch.slow_node == "warn")
+    text = json.dumps(found.to_record(), indent=2, allow_nan=False)
+    tell(text, lambda: render(found, warn=config.launch.slow_node == "warn"), json_file)
     if run_dir is not None and run_dir.is_dir():
-        write_atomic(run_dir / FILE, text.encode())
+        write_atomic(run_dir / FILE, text.encode() + b"\n")
 
 
 def _age_s() -> float:

@@ -35,7 +35,7 @@ def config(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("ranks", [Ranks("horovod", "horovodrun", 2), Ranks("torch", "torchrun", 2)], ids=str)
 def test_a_sound_job_passes_and_leaves_its_figures(ranks: Ranks, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs/new"
-    done = preflight(ranks, config, "--run-dir", run)
+    done = preflight(ranks, config, "--run-dir", run, "--json", tmp_path / "found.json")
     assert (done.returncode, done.survivors) == (0, 0), done.output
     assert f"2 ranks on 1 host, engine {ranks.engine}" in done.output
     assert re.search(r"preflight took [\d.]+ s, [\d.]+ s of it to start", done.output)
@@ -43,6 +43,7 @@ def test_a_sound_job_passes_and_leaves_its_figures(ranks: Ranks, config: Path, t
     assert found["complaints"] == [] and [place["rank"] for place in found["places"]] == [0, 1]
     assert all(pace["product_s"] > 0 and pace["sums"][0]["right"] for pace in found["paces"])
     assert [path.name for path in run.iterdir()] == ["preflight.json"]
+    assert (tmp_path / "found.json").read_bytes() == (run / "preflight.json").read_bytes()
 
 
 def test_a_slow_node_is_named_and_stops_the_job_where_asked(config: Path, tmp_path: Path) -> None:
@@ -102,6 +103,19 @@ def test_worlds_of_launcher_and_engine_must_agree(config: Path) -> None:
 def test_options_that_do_not_go_together_are_refused(words: list[str], message: str) -> None:
     done = command("doctor", *words)
     assert (done.code, done.out) == (2, "") and message in done.err
+
+
+@pytest.mark.parametrize("words", [["--json"], ["--json", "-"]])
+def test_findings_are_printed_as_json_instead(words: list[str], config: Path) -> None:
+    done = command("doctor", *words, "--job", config)
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)["ok"] is True
+
+
+def test_a_file_that_cannot_be_written_ends_it_with_a_sentence(config: Path, tmp_path: Path) -> None:
+    done = preflight(Ranks("mpi", "mpirun", 2), config, "--json", tmp_path / "none/found.json")
+    assert (done.returncode, done.timed_out, done.survivors) == (1, False, 0), done.output
+    assert done.output.count(f"cannot write {tmp_path}/none/found.json: No such file or directory") == 1, done.output
 
 
 def test_a_run_directory_that_cannot_be_made_is_refused(config: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from hpctrain.doctor import machine as doctor
 from hpctrain.doctor.machine import Choice, Report
+from hpctrain.doctor.outcome import tell
 from hpctrain.topology.probe import Probe
 
 MAPS = """\
@@ -125,6 +126,19 @@ def test_json_holds_everything_and_the_verdict() -> None:
     assert Probe.from_record(record["engines"][1]) == HOROVOD
     assert record["auto"][0] == {"situation": "mpirun", "picked": "horovod", "why": "auto under mpirun"}
     assert json.loads(doctor.to_json(report()))["ok"] is True
+
+
+def test_findings_go_to_people_or_to_a_file_or_as_json_to_the_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(json_file: Path | None) -> str:
+        tell('{"ok": true}', lambda: print("a table"), json_file)
+        return capsys.readouterr().out
+
+    assert shown(None) == "a table\n"
+    assert shown(Path("-")) == '{"ok": true}\n'
+    assert shown(tmp_path / "found.json") == "a table\n"
+    assert (tmp_path / "found.json").read_text() == '{"ok": true}\n'
 
 
 def test_tables_name_reasons_remedies_and_problems(capsys: pytest.CaptureFixture[str]) -> None:
