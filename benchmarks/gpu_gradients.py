@@ -24,11 +24,12 @@ import torch
 
 from benchmarks.ranks import parser
 from hpctrain.arena import ALIGNMENT_BYTES
-from hpctrain.bench.blocks import Spread, synchronise
+from hpctrain.bench.blocks import Spread
 from hpctrain.bench.command import write_result
 from hpctrain.config.schema import ResNetConfig
 from hpctrain.kernels.base import Kernels, Piece
 from hpctrain.kernels.registry import kernels_for
+from hpctrain.metrics.clock import synchronise
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.models.registry import build_model
 

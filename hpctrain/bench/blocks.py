@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from hpctrain.comm.base import Communicator
+from hpctrain.metrics.clock import synchronise
 
 if TYPE_CHECKING:
     from hpctrain.bench.variants import Variant
@@ -69,11 +69,6 @@ def settle(comm: Communicator) -> None:
     """Wait for the device and for all ranks."""
     synchronise(comm.device)
     comm.barrier()
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def run_rounds(

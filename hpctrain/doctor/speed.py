@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from hpctrain.comm.base import Communicator
+from hpctrain.metrics.clock import synchronise
 
 #: Side of the matrices, and bytes of a sum: some milliseconds each, far above the latency of a launch or message.
 _SIDE = {"cpu": 512, "cuda": 8192}
 _SUM_BYTES = 4 << 20
 _PRODUCTS_S = 0.4
 _SUMS, _WARMUP = 7, 2
+#: after which a slow network is known well enough: no further sums, once there is one to count
+_SUMS_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ def time_product(device: torch.device) -> tuple[float, float]:
     matrix = (torch.randint(0, 2, (side, side), generator=generator) * 2 - 1).to(device, dtype)
     output = torch.empty_like(matrix)
     multiply(matrix, output)
-    _settle(device)
+    synchronise(device)
     times = list(_timed(lambda: multiply(matrix, output), device, _PRODUCTS_S))
     return statistics.median(times), float(output.double().abs().sum())
 
@@ -105,28 +108,29 @@ def multiply(matrix: Tensor, output: Tensor) -> None:
 
 
 def time_sum(group: Communicator) -> tuple[float, bool]:
-    """Median seconds of an all-reduce over ``group``, and whether each came out. Collective over the group."""
+    """Median seconds of an all-reduce over ``group``, and whether each came out. Collective over the group.
+
+    The last element counts the ranks to which it takes too long, so that all end after the same sum.
+    """
     expected = group.world_size * (group.world_size + 1) / 2
-    times, right = [], True
-    for _ in range(_SUMS):
+    times: list[float] = []
+    right, enough = True, False
+    while len(times) < _SUMS and not enough:
         buffer = torch.full((_SUM_BYTES // 4,), float(group.rank + 1), device=group.device)
+        buffer[-1] = len(times) >= _WARMUP and sum(times) > _SUMS_S
         group.barrier()
-        _settle(group.device)
+        synchronise(group.device)
         started = time.perf_counter()
         group.all_reduce_(buffer).wait()
-        _settle(group.device)
+        synchronise(group.device)
         times.append(time.perf_counter() - started)
-        right = right and bool((buffer == expected).all())
+        right = right and bool((buffer[:-1] == expected).all())
+        enough = bool(buffer[-1] > 0)
     return statistics.median(times[_WARMUP:]), right
 
 
 def _ranks_on(names: Sequence[str], hosts: Sequence[str]) -> list[int]:
     return [rank for rank, host in enumerate(hosts) if host in names]
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _timed(action: Callable[[], None], device: torch.device, total_s: float) -> Iterator[float]:
@@ -135,6 +139,6 @@ def _timed(action: Callable[[], None], device: torch.device, total_s: float) -> 
     while done < 3 or time.perf_counter() - began < total_s:
         started = time.perf_counter()
         action()
-        _settle(device)
+        synchronise(device)
         yield time.perf_counter() - started
         done += 1

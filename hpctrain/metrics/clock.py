@@ -46,6 +46,12 @@ _NO_PHASE = len(_COLUMNS)
 _MAX_PENDING_STEPS = 256
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until all work given to ``device`` is done, for whoever times it with the system's clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Timer(Protocol):
     """Marks moments, and tells later how far apart they were."""
 

@@ -20,6 +20,7 @@ from hpctrain.metrics.jsonfiles import to_json_value, write_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
+CONFIG_FILE = "config.yaml"
 RECORD_FILE = "record.json"
 LAUNCHES_FILE = "launches.jsonl"
 SCHEMA: Literal[1] = 1

@@ -12,9 +12,7 @@ from pathlib import Path
 from hpctrain.config.load import load_config
 from hpctrain.config.schema import Config
 from hpctrain.errors import UserError
-from hpctrain.metrics.record import RECORD_FILE, Record, read_record
-
-CONFIG_FILE = "config.yaml"
+from hpctrain.metrics.record import CONFIG_FILE, RECORD_FILE, Record, read_record
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -49,8 +49,7 @@ def train_command(
 def eval_command(path: Path, overrides: list[str], json_file: Path | None) -> None:
     """Evaluate a checkpoint as its run would have, and print the figures on rank 0."""
     folder = find_checkpoint(path).absolute()
-    config_file = folder.parent.parent / "config.yaml"
-    config = load_config(config_file, overrides)
+    config = load_config(RunDirectory(folder.parent.parent).config, overrides)
     with open_session(config.comm, config.train.device) as session:
         result = evaluate_checkpoint(config, session, folder)
         if session.comm.rank == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from hpctrain.errors import MachineError, UserError
+from hpctrain.metrics.record import CONFIG_FILE, RECORD_FILE
 
 _LOCK_NAME = ".lock"
 #: A job that was stopped may take this long to die, after its launcher has ended and the next one begun.
@@ -34,7 +35,7 @@ class RunDirectory:
 
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / CONFIG_FILE
 
     @property
     def steps(self) -> Path:
@@ -46,7 +47,7 @@ class RunDirectory:
 
     @property
     def record(self) -> Path:
-        return self.path / "record.json"
+        return self.path / RECORD_FILE
 
     @property
     def picture(self) -> Path:

@@ -26,8 +26,9 @@ _PATIENCE_S = 10.0
 
 
 class Saver:
-    """Checkpoints of one run below ``folder``, ``saved_step`` being the step of the one it goes on from.
+    """Checkpoints of one run below ``folder``.
 
+    ``saved_step`` is the step of the newest one, in the beginning of the one that the run goes on from.
     ``samples`` is set where samples are logged. At most one checkpoint is being written; the next waits for it.
     """
 
@@ -55,12 +56,10 @@ class Saver:
         return config.every_steps is None and config.mtbf_hours is None
 
     def save(self, progress: Progress) -> None:
-        """Take a checkpoint of this step, once. Collective; nothing that is not finite is ever saved.
+        """Take a checkpoint of this step. Collective; nothing that is not finite is ever saved.
 
         It is copied on return and written soon. Raises MachineError when the one before could not be written.
         """
-        if self.saved_step == progress.step:
-            return
         parts, started_s = self._parts, time.monotonic()
         if self.samples is not None:
             self.samples.flush()  # on all ranks before rank 0 can write: the comparison makes it wait for them

@@ -18,13 +18,14 @@ import psutil
 import torch
 from torch import Tensor
 
-from hpctrain.bench.blocks import settle, synchronise
+from hpctrain.bench.blocks import settle
 from hpctrain.bench.comm.operations import Case, Operation, prepare
 from hpctrain.bench.comm.pattern import Wrong
 from hpctrain.bench.comm.sizes import tell
 from hpctrain.comm.agree import raise_together
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import MachineError, UserError
+from hpctrain.metrics.clock import synchronise
 
 #: runs of a block that are not timed, the verified one aside
 WARMUP_RUNS = 2

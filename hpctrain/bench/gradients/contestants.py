@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpctrain.bench.blocks import synchronise
 from hpctrain.bench.gradients.delivery import Delivery
 from hpctrain.bench.gradients.groups import Group, group_named
 from hpctrain.comm import horovod_engine, horovod_settings, mpi_engine, registry, torch_engine
 from hpctrain.comm.base import Communicator
 from hpctrain.config.schema import Config, GradientsConfig
 from hpctrain.gradients.build import build_exchange
+from hpctrain.metrics.clock import synchronise
 from hpctrain.topology.ranks import Topology
 from hpctrain.train.session import choose_device, keep_freed_memory
 
