@@ -44,12 +44,29 @@ def submit(
     typer.echo(submission.text() if dry_run else send(submission, os.environ))
 
 
-def requeue(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Have Slurm start the job around this command again; for job scripts, after exit status 75."""
-    from hpctrain.config.load import load_config
-    from hpctrain.launch.requeue import requeue as requeue_job
+def requeue(
+    config: ConfigPath,
+    run_dir: Annotated[Path, typer.Option("--run-dir", metavar="RUN", help="run directory of the job")],
+    status: Annotated[int, typer.Option(min=1, metavar="STATUS", help="exit status of its ranks")],
+    overrides: Overrides = None,
+) -> None:
+    """Have Slurm start the job around this command again; for job scripts.
 
-    typer.echo(f"hpctrain: {requeue_job(load_config(config, overrides or []).launch, os.environ)}")
+    After status 75, a preemption, in any case; after another, a fault of the machine, where a node was lost or the job
+    has written a checkpoint since it began. Otherwise it leaves with what the job is to leave with.
+    """
+    from hpctrain.config.load import load_config
+    from hpctrain.launch.exits import PREEMPTED
+    from hpctrain.launch.requeue import requeue as start_again
+    from hpctrain.launch.requeue import requeue_after_fault
+
+    launch = load_config(config, overrides or []).launch
+    told = (
+        start_again(launch, os.environ)
+        if status == PREEMPTED
+        else requeue_after_fault(launch, os.environ, run_dir, status)
+    )
+    typer.echo(f"hpctrain: {told}")
 
 
 def account(

@@ -1,29 +1,39 @@
-"""The command `requeue`: called by a batch script whose ranks left with ``exits.PREEMPTED``, outside of any container.
+"""The command `requeue`: called by a batch script whose ranks left before the run was over, outside of any container.
 
 It asks Slurm to start this job anew, at most ``launch.max_requeues`` times; the run goes on in its run directory.
+Ranks that left with ``exits.PREEMPTED`` may always go on. After a fault it is worth while where a node was lost, or
+where this start has got further than the one before: what fails twice at the same place would fail a third time.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from hpctrain.config.launch import LaunchConfig
-from hpctrain.errors import UserError
+from hpctrain.errors import HpctrainError, UserError
 from hpctrain.launch.durations import parse_duration
 from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.slurm import SlurmRefusal, ask_slurm
+from hpctrain.metrics.jsonfiles import read_log
+from hpctrain.metrics.record import LAUNCHES_FILE
 
 _REMEDY = "to go on, submit it again with HPCTRAIN_RUN_DIR set to its run directory"
 
 #: What Slurm says of a job that it is ending itself. Cancelled, it is not to start again; preempted, Slurm starts it.
 _ENDING = ("COMPLETING", "CANCELLED", "PREEMPTED")
 
+#: for every node to begin and end a step of nothing; a healthy one takes a fraction of a second
+_ANSWER_S = 60.0
+
 
 class NotRequeued(UserError):
-    """The job ends here, and its run is not over."""
+    """The job ends here, and its run is not over; ``exit_code`` is what the job is to leave with."""
 
-    exit_code = PREEMPTED
+    def __init__(self, text: str, exit_code: int = PREEMPTED) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 def requeue(config: LaunchConfig, environ: Mapping[str, str]) -> str:
@@ -31,9 +41,65 @@ def requeue(config: LaunchConfig, environ: Mapping[str, str]) -> str:
 
     Raises NotRequeued where the job may not or need not be started again, UserError outside of a job.
     """
+    return _start_again(_job_of(environ), config, environ)
+
+
+def requeue_after_fault(config: LaunchConfig, environ: Mapping[str, str], run_dir: Path, status: int) -> str:
+    """The same for a job whose ranks left with ``status``, a fault of the machine, training in ``run_dir``.
+
+    Raises NotRequeued with ``status`` also where another start promises nothing.
+    """
+    job = _job_of(environ)
+    if _has_progressed(run_dir, job, environ):
+        why = "after a fault, since its newest checkpoint is of this start"
+    elif silence := _silence(environ):
+        why = f"since a node of it does not answer ({silence})"
+    else:
+        raise NotRequeued(
+            f"job {job} is not started again: it failed (exit status {status}) before it had written a checkpoint, and "
+            f"its nodes answer; find the fault above, then {_REMEDY.removeprefix('to go on, ')}",
+            status,
+        )
+    try:
+        return f"{_start_again(job, config, environ)}, {why}"
+    except NotRequeued as refusal:
+        handed_over = "SLURM_ARRAY_JOB_ID" in environ
+        raise NotRequeued(str(refusal), PREEMPTED if handed_over else status) from None
+
+
+def _job_of(environ: Mapping[str, str]) -> str:
     job = environ.get("SLURM_JOB_ID", "")
     if not job.isdecimal():
         raise UserError("there is no job to requeue (SLURM_JOB_ID is not set): `hpctrain requeue` is for job scripts")
+    return job
+
+
+def _has_progressed(run_dir: Path, job: str, environ: Mapping[str, str]) -> bool:
+    """Whether this start of the job has written a checkpoint that the run did not have before."""
+    log = run_dir / LAUNCHES_FILE
+    begun = [line for line in read_log(log) if line["event"] == "begin"] if log.exists() else []
+    start = (job, environ.get("SLURM_RESTART_COUNT"))
+    if not begun or (begun[-1].get("slurm_job_id"), begun[-1].get("slurm_restart_count")) != start:
+        return False
+    names = (path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0) > int(begun[-1]["step"])
+
+
+def _silence(environ: Mapping[str, str]) -> str | None:
+    """What srun says of a node on which it cannot run anything, or None when all nodes of the job answer.
+
+    Slurm itself misses a node only after its SlurmdTimeout, minutes from now.
+    """
+    nodes = environ["SLURM_JOB_NUM_NODES"]
+    alone = ["--ntasks-per-node=1", "--cpus-per-task=1", "--mem=0", "--overlap", "--mpi=none", "--kill-on-bad-exit=1"]
+    try:
+        ask_slurm(["srun", f"--nodes={nodes}", f"--ntasks={nodes}", *alone, "true"], environ, _ANSWER_S)
+    except HpctrainError as error:
+        return str(error)
+    return None
+
+
+def _start_again(job: str, config: LaunchConfig, environ: Mapping[str, str]) -> str:
     if "SLURM_ARRAY_JOB_ID" in environ:
         raise NotRequeued(_hand_over(environ))
     restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))

@@ -82,10 +82,12 @@ def digits_config(slurm: Slurm, max_steps: int) -> Path:
     return write_config(slurm.shared, slurm.shared / "digits", batch_per_worker=16, max_steps=max_steps)
 
 
-def train_alone(config: Path, run: Path, num_ranks: int) -> Path:
+def train_alone(config: Path, run: Path, num_ranks: int, *overrides: str, limit_s: float = LIMIT_S) -> Path:
     """The same on this machine, without hosts, cables or Slurm; returns ``run``."""
-    command = ["train", str(config), "--run-dir", str(run), "--set", "comm.engine=mpi"]
-    done = launch("mpirun", num_ranks, [sys.executable, "-m", "hpctrain", *command], LIMIT_S)
+    command = ["train", str(config), "--run-dir", str(run)]
+    for override in ("comm.engine=mpi", *overrides):
+        command += ["--set", override]
+    done = launch("mpirun", num_ranks, [sys.executable, "-m", "hpctrain", *command], limit_s)
     assert done.returncode == 0, done.output
     return run
 

@@ -102,7 +102,11 @@ def launch(
 def run_job(
     argv: Sequence[str], timeout_s: float, env: Mapping[str, str] | None = None, scratch: Path | None = None
 ) -> Run:
-    """Run ``argv``, which starts ranks, as ``launch`` does; ``scratch`` is a folder that all its ranks can write to."""
+    """Run ``argv``, which starts ranks, as ``launch`` does; ``scratch`` is a folder that ranks of several hosts share.
+
+    On one host the job has a folder for temporary files to itself: a killed mpirun leaves its session's there, and
+    the next that is given its process id cannot start beside it.
+    """
     job = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="hpctrain-job-", dir=scratch) as folder:
         log = Path(folder) / "output"
@@ -111,8 +115,7 @@ def run_job(
             process = subprocess.Popen(
                 argv,
                 cwd=ROOT,
-                # A killed mpirun leaves its session's folder, and the next of that process id cannot start beside it.
-                env=environment({RESULTS: folder, JOB: job, "TMPDIR": folder, **(env or {})}),
+                env=environment({RESULTS: folder, JOB: job, **({} if scratch else {"TMPDIR": folder}), **(env or {})}),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,

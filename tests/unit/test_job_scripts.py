@@ -233,6 +233,19 @@ def leaves_with(job: Path, status: int) -> None:
     (job / "bin/srun").write_text(f"#!/bin/bash\n[[ $* == *'doctor --job'* ]] || exit {status}\n")
 
 
+def requeue(status: int, *overrides: str) -> list[str]:
+    """How the script asks to be started again."""
+    asked = ["requeue", "small.yaml", *overrides, "--run-dir", "runs/small-30077", "--status", str(status)]
+    return ["-m", "hpctrain", *asked]
+
+
+def test_a_node_that_is_gone_before_the_first_step_is_looked_for(job: Path) -> None:
+    Double(job / "bin", "srun", status=1)
+    assert run(job, "small.yaml").returncode == 1
+    assert len(recorded(job, "srun").calls) == 1
+    assert recorded(job, "python").calls == [VERSION, requeue(1)]
+
+
 def test_what_the_preflight_finds_ends_the_job(job: Path) -> None:
     Double(job / "bin", "srun", status=2)
     assert run(job, "small.yaml").returncode == 2
@@ -242,7 +255,7 @@ def test_what_the_preflight_finds_ends_the_job(job: Path) -> None:
 def test_a_warning_during_the_preflight_leads_to_a_requeue(job: Path) -> None:
     (job / "bin/srun").write_text("#!/bin/bash\ntouch $$.srun\nkill -USR1 $PPID\nexit 143\n")
     assert run(job, "small.yaml").returncode == 75
-    assert recorded(job, "python").calls[-1] == ["-m", "hpctrain", "requeue", "small.yaml"]
+    assert recorded(job, "python").calls[-1] == requeue(75)
     assert len(list(job.glob("*.srun"))) == 1
 
 
@@ -250,14 +263,14 @@ def test_a_warning_during_the_preflight_leads_to_a_requeue(job: Path) -> None:
 def test_the_status_of_the_ranks_is_that_of_the_job(job: Path, status: int) -> None:
     leaves_with(job, status)
     assert run(job, "small.yaml").returncode == status
-    accounts = [["-m", "hpctrain", "account", "runs/small-30077"]] if status == 0 else []
-    assert recorded(job, "python").calls == [VERSION, *accounts]
+    last = {0: [["-m", "hpctrain", "account", "runs/small-30077"]], 2: []}.get(status, [requeue(status)])
+    assert recorded(job, "python").calls == [VERSION, *last]
 
 
 def test_a_preempted_job_is_requeued(job: Path) -> None:
     leaves_with(job, 75)
     assert run(job, "small.yaml", "seed=2").returncode == 75
-    assert recorded(job, "python").calls == [VERSION, ["-m", "hpctrain", "requeue", "small.yaml", "--set", "seed=2"]]
+    assert recorded(job, "python").calls == [VERSION, requeue(75, "--set", "seed=2")]
 
 
 def test_an_array_keeps_its_run_directory_and_stops_when_it_has_finished(job: Path) -> None:
@@ -292,7 +305,7 @@ def test_signals_are_passed_on_and_waited_for(job: Path, name: str) -> None:
     out, _ = process.communicate(timeout=60)
     assert f"{name} came" in out
     assert process.returncode == 75
-    assert recorded(job, "python").calls == [VERSION, ["-m", "hpctrain", "requeue", "small.yaml"]]
+    assert recorded(job, "python").calls == [VERSION, requeue(75)]
 
 
 def test_allreduce_measures_over_the_whole_job(job: Path) -> None:

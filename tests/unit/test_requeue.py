@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from hpctrain.config.launch import LaunchConfig
 from hpctrain.errors import UserError
-from hpctrain.launch.requeue import NotRequeued, requeue
+from hpctrain.launch.requeue import NotRequeued, requeue, requeue_after_fault
 from tests.unit.slurm_doubles import Double
 
 
@@ -84,3 +85,85 @@ def test_outside_of_a_job_there_is_nothing_to_requeue(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape("there is no job to requeue (SLURM_JOB_ID is not set)")) as caught:
         requeue(LaunchConfig(), {})
     assert caught.value.exit_code == 2
+
+
+ALONE = [
+    "--ntasks-per-node=1",
+    "--cpus-per-task=1",
+    "--mem=0",
+    "--overlap",
+    "--mpi=none",
+    "--kill-on-bad-exit=1",
+    "true",
+]
+
+
+def run_of(folder: Path, *, begun_at: int, saved: list[int], **slurm: str) -> Path:
+    """A run directory that was taken up at a step, by the first start of job 77 unless told, and its checkpoints."""
+    run = folder / "run"
+    for step in saved:
+        (run / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+    (run / "checkpoints/step-000099.partial").mkdir(parents=True)
+    begin = {"launch": 0, "event": "begin", "step": begun_at, "slurm_job_id": "77", **slurm}
+    (run / "launches.jsonl").write_text(json.dumps(begin) + "\n")
+    return run
+
+
+def after_fault(folder: Path, run: Path, config: LaunchConfig | None = None, **more: str) -> str:
+    environ = environment(folder, SLURM_JOB_NUM_NODES="4", **more)
+    return requeue_after_fault(config or LaunchConfig(), environ, run, 137)
+
+
+def test_after_a_fault_what_has_moved_on_is_started_again(tmp_path: Path) -> None:
+    Double(tmp_path, "scontrol", stdout="JobId=77 Requeue=1\n")
+    run = run_of(tmp_path, begun_at=10, saved=[10, 15], slurm_restart_count="1")
+    told = after_fault(tmp_path, run, SLURM_RESTART_COUNT="1")
+    assert told == "job 77 is requeued (2 of at most 10), after a fault, since its newest checkpoint is of this start"
+
+
+@pytest.mark.parametrize(
+    ("saved", "slurm"),
+    [
+        pytest.param([10], {}, id="no new checkpoint"),
+        pytest.param([], {}, id="no checkpoint"),
+        pytest.param([10, 15], {"slurm_job_id": "76"}, id="of another job"),
+        pytest.param([10, 15], {"slurm_restart_count": "1"}, id="of an earlier start"),
+    ],
+)
+def test_what_has_not_moved_on_ends_with_its_status(tmp_path: Path, saved: list[int], slurm: dict[str, str]) -> None:
+    scontrol, srun = Double(tmp_path, "scontrol"), Double(tmp_path, "srun")
+    run = run_of(tmp_path, begun_at=10, saved=saved, **slurm)
+    with pytest.raises(NotRequeued) as caught:
+        after_fault(tmp_path, run)
+    assert caught.value.exit_code == 137
+    assert str(caught.value) == (
+        "job 77 is not started again: it failed (exit status 137) before it had written a checkpoint, and its nodes "
+        "answer; find the fault above, then submit it again with HPCTRAIN_RUN_DIR set to its run directory"
+    )
+    assert srun.calls == [["--nodes=4", "--ntasks=4", *ALONE]]
+    assert not scontrol.calls
+
+
+def test_where_a_node_is_silent_the_job_is_started_again(tmp_path: Path) -> None:
+    Double(tmp_path, "scontrol", stdout="JobId=77 Requeue=1\n")
+    Double(tmp_path, "srun", stderr="srun: error: Task launch failed on node n2: Communication failure\n", status=1)
+    told = after_fault(tmp_path, tmp_path / "not begun")
+    assert told == (
+        "job 77 is requeued (1 of at most 10), since a node of it does not answer "
+        "(Task launch failed on node n2: Communication failure)"
+    )
+
+
+def test_after_a_fault_a_refusal_leaves_with_the_status_of_the_fault(tmp_path: Path) -> None:
+    run = run_of(tmp_path, begun_at=0, saved=[5])
+    with pytest.raises(NotRequeued, match=re.escape("started again 0 times already (launch.max_requeues=0)")) as caught:
+        after_fault(tmp_path, run, LaunchConfig(max_requeues=0))
+    assert caught.value.exit_code == 137
+
+
+def test_after_a_fault_an_arrays_next_task_goes_on(tmp_path: Path) -> None:
+    run = run_of(tmp_path, begun_at=0, saved=[5])
+    array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "9"}
+    with pytest.raises(NotRequeued, match="the next one goes on") as caught:
+        after_fault(tmp_path, run, **array)
+    assert caught.value.exit_code == 75
