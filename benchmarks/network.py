@@ -4,7 +4,8 @@
 
 Hosts are namespaces of this machine (``tests/cluster``), one rank each. Every round starts each competitor anew, in
 random order. The bound is that of any all-reduce by a ring: 2 (N - 1) / N of the buffer's bytes, in its format on the
-wire, at the payload rate of a cable, which is measured in the same run. Exits 1 when a mean is wrong.
+wire, at the payload rate of a cable, which is measured in the same run. ``passed`` tells whether our exchange in fp16
+took at most 1.1 of it over each engine. Exits 1 when a mean is wrong.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tests.cluster.jobs import launch_on
 
 WIRE_BYTES = {"none": 4, "fp16": 2, "fp16_ef": 2, "bf16": 2}
 JOB_LIMIT_S = 300.0
+BAR = 1.1
 DEFAULT_GROUPS = ("hpctrain_horovod", "hpctrain_mpi", "hpctrain_torch", "horovod_mpi", "ddp")
 _OURS = {group.name for group in OURS}
 _TAIL = 4000
@@ -153,6 +155,19 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return dict(found)
 
 
+def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Whether our exchange in fp16, in its fastest reduction, keeps to the bar over each engine; empty without one."""
+    ours: dict[str, float] = {}
+    for row in rows:
+        if row["competitor"] in _OURS and row["compression"] == "fp16":
+            ours.setdefault(row["competitor"], row["over_bound"])
+    if not ours:
+        return {}
+    told = ", ".join(f"{over_bound:.3f} ({name})" for name, over_bound in ours.items())
+    sentence = f"an exchange in fp16 takes {told} times what a ring must take"
+    return {"sentence": sentence, "passed": max(ours.values()) <= BAR, "bar": BAR}
+
+
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hosts", type=int, default=4)
@@ -197,6 +212,7 @@ def main() -> int:
             return 1
     rows = bench.describe()
     record = {
+        **verdict(rows),
         "hosts": asked.hosts,
         "rate": asked.rate,
         "payload_bytes_per_s": bench.rates,
@@ -211,6 +227,7 @@ def main() -> int:
         "provenance": provenance.to_record(),
     }
     print_rows(rows)
+    print(record.get("sentence", "nothing of ours was measured in fp16"))
     for name, reason in bench.absent.items():
         print(f"{name} was not measured: {reason}")
     write_result(asked.json, record)
