@@ -58,6 +58,8 @@ class Journal:
         self._loss = torch.zeros((), dtype=torch.float64, device=parts.comm.device)
         self._steps = 0
         self._stragglers = StragglerWatch(parts.comm.all_gather_object(parts.comm.topology.host))
+        # Each step is judged once: of one burst of foreign work, windows that overlap would make several findings.
+        self._unjudged = 0
 
     def add(self, loss: Tensor) -> None:
         """Take this rank's mean loss of one step; nothing waits for the device."""
@@ -73,15 +75,15 @@ class Journal:
         if steps == 0:
             return
         interval = parts.clock.interval()
-        recent = interval if interval.steps >= MIN_STEPS else parts.clock.recent(MIN_STEPS)
-        loss, corrupt_anywhere, wire, seconds = self._reduce(progress, recent.phases_s)
+        self._unjudged += interval.steps
+        judged = interval if interval.steps == self._unjudged else parts.clock.recent(self._unjudged)
+        loss, corrupt_anywhere, wire, seconds = self._reduce(progress, judged.phases_s)
         for name, count in wire.items():
             progress.wire[name] += count
         if corrupt_anywhere:
             self._take_corrupt(progress)
-        if recent.steps >= MIN_STEPS:
-            for sentence in self._stragglers.judge(seconds, progress.step - recent.steps + 1, progress.step):
-                self.display.message(sentence)
+        if judged.steps >= MIN_STEPS:
+            self._judge(seconds, progress.step)
         progress.train_s += interval.seconds
         figures = StepFigures(
             step=progress.step,
@@ -148,6 +150,12 @@ class Journal:
         tally.clear()
         self._steps = 0
         return found
+
+    def _judge(self, seconds: np.ndarray, last_step: int) -> None:
+        """Compare the ranks' ``seconds`` of the steps not judged yet, and tell who has become slow or has caught up."""
+        first_step, self._unjudged = last_step - self._unjudged + 1, 0
+        for sentence in self._stragglers.judge(seconds, first_step, last_step):
+            self.display.message(sentence)
 
     def _new_corrupt(self, progress: Progress) -> list[str]:
         known = set(progress.corrupt)

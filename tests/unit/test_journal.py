@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from hpctrain.errors import UserError
 from hpctrain.metrics.clock import Interval
 from hpctrain.metrics.progress import SilentDisplay
 from hpctrain.metrics.steplog import EvalFigures, StepFigures
+from hpctrain.metrics.stragglers import StragglerWatch
 from hpctrain.train.journal import Journal, not_finite
 from hpctrain.train.parts import Parts
 from hpctrain.train.state import Evaluation, Progress
@@ -156,7 +158,29 @@ def test_a_slow_rank_is_told_and_costs_no_collective_of_its_own() -> None:
         assert [len(line.stragglers) for line in told] == [0, 0, 0, 0, 1, 1]
         (straggler,) = told[-1].stragglers
         assert (straggler.rank, straggler.host, straggler.phase) == (1, "host1", "forward")
-        assert (straggler.factor, straggler.first_step, straggler.last_step) == (pytest.approx(0.21 / 0.16), 1, 6)
+        assert (straggler.factor, straggler.first_step, straggler.last_step) == (pytest.approx(0.21 / 0.16), 1, 5)
+
+
+@pytest.mark.parametrize(
+    ("logged", "judged"),
+    [
+        (range(1, 13), [(1, 5), (6, 10)]),
+        ((20, 23, 40, 46), [(1, 20), (21, 40), (41, 46)]),  # an epoch ended after step 23
+    ],
+)
+def test_each_step_is_judged_once(
+    logged: Iterable[int], judged: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = []
+    monkeypatch.setattr(StragglerWatch, "judge", lambda self, seconds, first, last: windows.append((first, last)) or [])
+    parts, progress = parts_of(recipe()), Progress()
+    journal = journal_of(parts)
+    for end in logged:
+        while progress.step < end:
+            step(parts, progress)
+            journal.add(torch.tensor(1.0))
+        journal.log(progress)
+    assert windows == judged
 
 
 def test_all_sinks_are_closed() -> None:
