@@ -58,6 +58,9 @@ def train(
 
     One rank: `hpctrain train …`; more: `horovodrun -np N hpctrain train …`, or the same behind mpirun, srun
     or torchrun.
+
+    Exit status: 0 finished, 1 a fault of the machine, 2 a mistake in what was asked for, 75 stopped by a signal or a
+    time limit, with a checkpoint. torchrun and horovodrun --gloo make 1 of each but 0; the other launchers pass it on.
     """
     from hpctrain.config.load import load_config
     from hpctrain.launch.preempt import Requests
