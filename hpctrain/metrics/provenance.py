@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 import hpctrain
+from hpctrain.metrics.container import container, container_sha256
 
 #: distributions whose versions are recorded; of DALI, CuPy and NCCL at most one build is installed
 DISTRIBUTIONS = (
@@ -59,6 +60,7 @@ class Provenance:
             "environment": lambda: relevant_environment(os.environ),
             "modules": lambda: loaded_modules(os.environ),
             "container": lambda: container(os.environ),
+            "container_sha256": lambda: container_sha256(os.environ),
             "load_average_start": os.getloadavg,
         }
         self._record = {name: self._probe(name, probe) for name, probe in probes.items()}
@@ -112,18 +114,6 @@ def relevant_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def loaded_modules(environment: Mapping[str, str]) -> list[str]:
     """What `module list` shows, of Lmod and of Environment Modules."""
     return [name for name in environment.get("LOADEDMODULES", "").split(":") if name]
-
-
-def container(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """The Apptainer or Singularity image that this process runs in: name, and size where it is in sight.
-
-    No digest: reading an image of many GB at the start of each run would cost more than it tells.
-    """
-    image = environment.get("APPTAINER_CONTAINER") or environment.get("SINGULARITY_CONTAINER")
-    if not image:
-        return None
-    path = Path(image)
-    return {"image": path.name, "bytes": path.stat().st_size if path.is_file() else None}
 
 
 def _versions() -> dict[str, str]:

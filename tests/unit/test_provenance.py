@@ -16,7 +16,7 @@ import pytest
 
 import hpctrain
 from hpctrain.metrics import provenance
-from hpctrain.metrics.provenance import Provenance, command_line, container, loaded_modules, relevant_environment
+from hpctrain.metrics.provenance import Provenance, command_line, loaded_modules, relevant_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,14 +34,17 @@ def test_record_tells_software_machine_and_time() -> None:
     assert 0 <= record["steal_share"] <= 1
 
 
-def test_modules_and_container_are_told(tmp_path: Path) -> None:
+def test_modules_are_told() -> None:
     assert loaded_modules({}) == []
     assert loaded_modules({"LOADEDMODULES": "gcc/13.2:cuda/13.0:"}) == ["gcc/13.2", "cuda/13.0"]
-    assert container({}) is None
-    image = tmp_path / "hpctrain.sif"
-    image.write_bytes(b"12345")
-    assert container({"APPTAINER_CONTAINER": str(image)}) == {"image": "hpctrain.sif", "bytes": 5}
-    assert container({"SINGULARITY_CONTAINER": "/host/x.sif"}) == {"image": "x.sif", "bytes": None}
+
+
+def test_a_container_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APPTAINER_CONTAINER", str(tmp_path / "x.sif"))
+    record = Provenance([]).to_record()
+    assert record["container"]["image"] == "x.sif"
+    assert record["container_sha256"] is None
+    assert record["unavailable"]["container_sha256"].startswith(f"LookupError: there is no {tmp_path}/x.sif.sha256 in")
 
 
 def test_only_steering_variables_are_kept() -> None:
