@@ -20,8 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ranks import parser
-from hpctrain.bench.command import write_result
+from benchmarks.ranks import conclude, parser
 from hpctrain.bench.variants import make_loop
 from hpctrain.comm.turns import Turns
 from hpctrain.config.schema import Config
@@ -132,9 +131,7 @@ def main() -> int:
     options.add_argument("--neurons", type=int, default=3400)
     asked = options.parse_args()
     record = measure(configuration(asked.device, asked.neurons), asked.rounds)
-    print(record["sentence"])
-    write_result(asked.json, record)
-    return 0 if record["passed"] else 1
+    return conclude(record, asked.json)
 
 
 if __name__ == "__main__":

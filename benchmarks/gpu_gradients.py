@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.ranks import parser
+from benchmarks.ranks import conclude, parser
 from hpctrain.arena import ALIGNMENT_BYTES
 from hpctrain.bench.blocks import Spread
-from hpctrain.bench.command import write_result
 from hpctrain.config.schema import ResNetConfig
 from hpctrain.kernels.base import Kernels, Piece
 from hpctrain.kernels.registry import kernels_for
@@ -207,9 +206,7 @@ def main() -> int:
         "ratios": ratios(rows) if rows else {},
         "provenance": provenance.to_record(),
     }
-    print(record["sentence"])
-    write_result(asked.json, record)
-    return 0 if passed else 1
+    return conclude(record, asked.json)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import argparse
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from hpctrain.bench.command import write_result
 from tests.parallel.launch import LAUNCHER_OF_ENGINE, Run, launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +56,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     # Asked to stop, leave by an exception, which ends the ranks too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return options
+
+
+def conclude(record: Mapping[str, Any], json_file: Path | None) -> int:
+    """Print the record's ``sentence`` and write it; the exit status that ``passed`` comes to."""
+    print(record["sentence"])
+    write_result(json_file, record)
+    return 0 if record["passed"] else 1
 
 
 def main() -> int:

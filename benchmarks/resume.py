@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.pictures import make_pictures
-from benchmarks.ranks import hpctrain, parser
-from hpctrain.bench.command import write_result
+from benchmarks.ranks import conclude, hpctrain, parser
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.train.checkpoint import list_checkpoints, load_checkpoint
 
@@ -78,9 +77,7 @@ def main() -> int:
         "bitwise": {"resumed": torch.equal(whole, resumed), "repeated": torch.equal(whole, again)},
         "provenance": provenance.to_record(),
     }
-    print(record["sentence"])
-    write_result(asked.json, record)
-    return 0 if passed else 1
+    return conclude(record, asked.json)
 
 
 if __name__ == "__main__":

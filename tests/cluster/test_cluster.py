@@ -130,18 +130,24 @@ def test_a_killed_host_is_empty_and_comes_back() -> None:
     assert not shared.exists()
 
 
+def end_owner(program: str, ending: signal.Signals, is_up: Callable[[], bool], limit_s: float = 5.0) -> str:
+    """Send ``ending`` to a python that brings up hosts and prints their shared folder, once ``is_up``; that folder."""
+    owner = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    shared = owner.stdout.readline().strip()
+    assert until(is_up, limit_s)
+    owner.send_signal(ending)
+    owner.communicate()
+    return shared
+
+
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_a_killed_owner(ending: signal.Signals) -> None:
     program = (
         "from tests.cluster.cluster import Cluster; import time; c = Cluster(2, '1gbit'); "
         "c.hosts[0].start(['setsid', 'sleep', '5003']); print(c.shared, flush=True); time.sleep(60)"
     )
-    owner = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert owner.stdout is not None
-    shared = owner.stdout.readline().strip()
-    assert until(lambda: bool(running("sleep", "5003")))
-    owner.send_signal(ending)
-    owner.communicate()
+    shared = end_owner(program, ending, lambda: bool(running("sleep", "5003")))
     assert until(lambda: not running("sleep", "5003") and not running(str(BOOT_SCRIPT), shared))
     assert Path(shared) in leftovers()
     done = subprocess.run([sys.executable, "-m", "tests.cluster", "down"], cwd=ROOT, capture_output=True, text=True)

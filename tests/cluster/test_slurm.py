@@ -15,7 +15,7 @@ from tests.cluster.cluster import leftovers
 from tests.cluster.host import HostError
 from tests.cluster.slurm import Slurm
 from tests.cluster.slurm_job import Job
-from tests.cluster.test_cluster import running, until
+from tests.cluster.test_cluster import end_owner, running, until
 from tests.needs import needs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,12 +184,7 @@ def test_nothing_outlives_a_killed_owner_of_slurm() -> None:
         "from tests.cluster.slurm import Slurm; import time; s = Slurm(2, accounting=True); "
         "s.sbatch(['--nodes=2', '--wrap', 'srun sleep 5006']); print(s.shared, flush=True); time.sleep(100)"
     )
-    owner = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert owner.stdout is not None
-    shared = owner.stdout.readline().strip()
-    assert until(lambda: len(running("sleep", "5006")) == 2, 30)
-    owner.send_signal(signal.SIGKILL)
-    owner.communicate()
+    shared = end_owner(program, signal.SIGKILL, lambda: len(running("sleep", "5006")) == 2, 30)
 
     def gone() -> bool:
         environments = subprocess.run(
