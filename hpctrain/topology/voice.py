@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 from hpctrain.errors import HpctrainError, UserError
-from hpctrain.topology.ranks import detect
+from hpctrain.topology.ranks import Topology, detect
 
 #: Ranks other than 0 wait this long before they repeat what all ranks may have found.
 _PRECEDENCE_S = 3.0
@@ -22,13 +22,15 @@ def report_early(error: HpctrainError, environ: Mapping[str, str]) -> int:
     """Print an error that came before ranks could talk, once where possible; returns the exit status.
 
     Rank 0 prints at once, and launchers end the other ranks when it leaves; those that are still there after a
-    while print it themselves.
+    while print it themselves, with their place, since rank 0 has not found it on its host.
     """
     try:
-        rank = detect(environ).rank
+        topology = detect(environ)
     except UserError:
-        rank = 0
-    if rank > 0:
+        topology = Topology()
+    place = ""
+    if topology.rank > 0:
         time.sleep(_PRECEDENCE_S)
-    print(sentence(error), file=sys.stderr, flush=True)
+        place = f"[rank {topology.rank} on host {topology.host}] "
+    print(place + sentence(error), file=sys.stderr, flush=True)
     return error.exit_code

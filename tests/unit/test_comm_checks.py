@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from hpctrain.comm.checks import faults, require_same_world
@@ -48,4 +50,9 @@ def test_an_early_error_is_printed_by_rank_0_first(
     assert report_early(MachineError("disk full"), {"RANK": "1", "WORLD_SIZE": "2"}) == 1
     assert len(waits) == 1
     assert report_early(UserError("bad"), {"RANK": "x", "WORLD_SIZE": "2"}) == 2
-    assert capsys.readouterr().err.splitlines() == ["hpctrain: no such file", "hpctrain: disk full", "hpctrain: bad"]
+    host = socket.gethostname()
+    assert capsys.readouterr().err.splitlines() == [
+        "hpctrain: no such file",
+        f"[rank 1 on host {host}] hpctrain: disk full",
+        "hpctrain: bad",
+    ]
