@@ -9,7 +9,7 @@ those of the same training on one machine to which nothing happened, and its sam
 lost or doubled where an epoch counts it less or more often.
 
 Of each kill is told how long it took until the job had noticed (``detection_s``), until Slurm had started it again
-(``wait_s``: ten seconds of it are Slurm's own, after a requeue), until it went on from its checkpoint (``start_s``),
+(``wait_s``: six seconds of it are Slurm's own, after a requeue), until it went on from its checkpoint (``start_s``),
 and until the steps since then were done again (``redone_s``); ``lost_s`` is all of it, from the kill to the step after
 it, less a step's own time.
 """
@@ -96,7 +96,10 @@ def reboot(slurm: Slurm, node: str) -> None:
 
 
 def mend(slurm: Slurm, node: str) -> None:
+    """Slurm asks a node that is down only now and then whether it is back: as an administrator does, tell it."""
     slurm.cluster.mend(node)
+    slurm.signal_daemon(node, "slurmd", "KILL")
+    slurm.start_slurmd(node)
     slurm.await_nodes("idle", [node])
 
 
@@ -233,7 +236,7 @@ def torment(slurm: Slurm, plan: list[tuple[int, Cause]], draw: random.Random, sc
         "wall_s": wall_s, "alone_s": alone_s, "lost_s": lost_s, "by_cause": by_cause(kills),
         "launch": record_of(training.run)["launch"],
         "slurm": {key: facts[key] for key in ("JobState", "Restarts", "NodeList", "SubmitTime", "EndTime")},
-        "traffic": {host.name: asdict(host.traffic()) for host in slurm.cluster.hosts},
+        "traffic": {host.name: host.traffic()._asdict() for host in slurm.cluster.hosts},
         "kills": [asdict(kill) for kill in kills],
     }  # fmt: skip
 

@@ -25,7 +25,7 @@ SlurmctldHost=head
 SlurmUser=root
 AuthType=auth/munge
 # Also how long a requeued job is held.
-AuthInfo=cred_expire=10
+AuthInfo=cred_expire=5
 StateSaveLocation=/run/slurm/state
 SlurmdSpoolDir=/run/slurm/spool
 SlurmctldPidFile=/run/slurm/slurmctld.pid

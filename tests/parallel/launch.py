@@ -169,6 +169,8 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
         # Ranks outnumber cores: spinning ranks would starve the one that has work.
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        # Looked for and not found, this network costs each start of MPI a second of sleep.
+        "OMPI_MCA_btl": "^ofi",
         **extra,
     }
 
