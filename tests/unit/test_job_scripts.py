@@ -341,3 +341,36 @@ def test_installing_wants_the_checkout(job: Path) -> None:
     done = run(job, script=SLURM / "install.sbatch")
     assert done.returncode == 2
     assert done.stderr.endswith("is not hpctrain's checkout: submit this script there, or name it with HPCTRAIN_HOME\n")
+
+
+@pytest.mark.parametrize(
+    ("site", "commands", "extras", "more"),
+    [
+        ({}, (), "dali,build,digits,ilsvrc,mpi", []),
+        ({"HPCTRAIN_GRES": "none"}, ("mpicxx",), "dali,build,digits,ilsvrc", ["--no-binary=mpi4py", "mpi4py"]),
+        ({"HPCTRAIN_GRES": "gres"}, (), "dali,build,digits,ilsvrc,mpi,gpu", []),
+    ],
+)
+def test_what_is_installed(
+    job: Path, site: dict[str, str], commands: tuple[str, ...], extras: str, more: list[str]
+) -> None:
+    """What the first job and the packing of ImageNet need, too; the site's MPI where it has one."""
+    for name in ("python3", *commands):
+        Double(job / "bin", name)
+    for name in ("bash", "env", "mktemp", "grep", "cp", "rm"):  # and no compiler of this machine's
+        (job / "bin" / name).symlink_to(str(shutil.which(name)))
+    (job / "venv/bin").mkdir(parents=True)
+    (job / "venv/bin/activate").touch()
+    checkout = str(SLURM.parent)
+    settings = {"HPCTRAIN_HOME": checkout, "HPCTRAIN_VENV": str(job / "venv"), "PATH": str(job / "bin"), **site}
+    done = run(job, script=SLURM / "install.sbatch", **settings)
+    assert done.returncode == 0, done.stderr
+    calls = recorded(job, "python").calls
+    asked = [call[5:] for call in calls if call[1:3] == ["pip", "install"]]
+    built = ["--gpu"] if "gpu" in extras else []
+    assert asked == [
+        ["setuptools<81", "wheel"],
+        ["--no-build-isolation", "-e", f"{checkout}[{extras}]"],
+        *([more] if more else []),
+    ]
+    assert calls[-2:] == [["-m", "hpctrain.build_horovod", *built], ["-m", "hpctrain", "doctor"]]
