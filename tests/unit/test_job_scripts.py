@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -96,7 +97,8 @@ def test_what_training_is_started_with(job: Path) -> None:
     done = run(job, "small.yaml", "train.epochs=3", "--set", "seed=2")
     assert done.returncode == 0, done.stderr
     srun = recorded(job, "srun")
-    preflight, argv = srun.calls
+    look, preflight, argv = srun.calls
+    assert look[-4:] == ["-c", "[[ -r $1 ]] || exit 2", "look", "small.yaml"]
     asked = ["small.yaml", "--set", "train.epochs=3", "--set", "seed=2", "--run-dir", "runs/small-30077"]
     assert preflight[preflight.index("hpctrain") :] == ["hpctrain", "doctor", "--job", *asked]
     assert preflight[: preflight.index("python")] == argv[: argv.index("python")]
@@ -230,7 +232,7 @@ def test_a_container_is_entered_with_its_gpus(job: Path) -> None:
 
 def leaves_with(job: Path, status: int) -> None:
     """Let srun leave so after training, and well from the look before it."""
-    (job / "bin/srun").write_text(f"#!/bin/bash\n[[ $* == *'doctor --job'* ]] || exit {status}\n")
+    (job / "bin/srun").write_text(f"#!/bin/bash\n[[ $* != *'hpctrain train'* ]] || exit {status}\n")
 
 
 def requeue(status: int, *overrides: str) -> list[str]:
@@ -242,18 +244,42 @@ def requeue(status: int, *overrides: str) -> list[str]:
 def test_a_node_that_is_gone_before_the_first_step_is_looked_for(job: Path) -> None:
     Double(job / "bin", "srun", status=1)
     assert run(job, "small.yaml").returncode == 1
-    assert len(recorded(job, "srun").calls) == 1
+    assert ["doctor" in call for call in recorded(job, "srun").calls] == [False, True]
     assert recorded(job, "python").calls == [VERSION, requeue(1)]
 
 
 def test_what_the_preflight_finds_ends_the_job(job: Path) -> None:
-    Double(job / "bin", "srun", status=2)
+    (job / "bin/srun").write_text("#!/bin/bash\ntouch $$.srun\n[[ $* != *doctor* ]] || exit 2\n")
     assert run(job, "small.yaml").returncode == 2
+    assert len(list(job.glob("*.srun"))) == 2
+
+
+def test_a_configuration_that_another_node_lacks_ends_the_job(job: Path) -> None:
+    Double(job / "bin", "srun", status=2)
+    done = run(job, "small.yaml")
+    assert done.returncode == 2
+    told = "the configuration small.yaml cannot be read on all nodes: put it on a file system that they share"
+    assert done.stderr == f"train.sbatch: {told}\n"
     assert len(recorded(job, "srun").calls) == 1
 
 
+def test_a_port_that_is_taken_is_left_alone(job: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        Double(job / "bin", "scontrol", stdout="localhost\nn2\n")
+        done = run(job, "small.yaml", MASTER_PORT=str(port))
+        assert done.returncode == 2
+        told = f"port {port} of localhost, where the ranks were to meet, is taken by another program: export another"
+        assert done.stderr == f"train.sbatch: {told} MASTER_PORT, or none\n"
+        first = 15000 + int(JOB["SLURM_JOB_ID"]) % 15000
+        with socket.create_server(("127.0.0.1", first)):
+            assert run(job, "small.yaml").returncode == 0
+    assert recorded(job, "srun").environ["MASTER_PORT"] == str(first + 1)
+
+
 def test_a_warning_during_the_preflight_leads_to_a_requeue(job: Path) -> None:
-    (job / "bin/srun").write_text("#!/bin/bash\ntouch $$.srun\nkill -USR1 $PPID\nexit 143\n")
+    warned = "touch $$.srun\nkill -USR1 $PPID\nexit 143\n"
+    (job / "bin/srun").write_text(f"#!/bin/bash\n[[ $* == *doctor* ]] || exit 0\n{warned}")
     assert run(job, "small.yaml").returncode == 75
     assert recorded(job, "python").calls[-1] == requeue(75)
     assert len(list(job.glob("*.srun"))) == 1
@@ -290,7 +316,7 @@ def test_signals_are_passed_on_and_waited_for(job: Path, name: str) -> None:
     """A rank needs its time after the signal: it writes a checkpoint and leaves with 75."""
     srun = job / "bin/srun"
     srun.write_text(
-        "#!/bin/bash\n[[ $* != *'doctor --job'* ]] || exit 0\n"
+        "#!/bin/bash\n[[ $* == *'hpctrain train'* ]] || exit 0\n"
         f"trap 'sleep 0.5; echo {name} came; exit 75' {name}\necho $$ > pid\ntouch ready\n"
         "for ((i = 0; i < 600; i++)); do sleep 0.1; done\n"
     )
