@@ -20,7 +20,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +36,7 @@ from hpctrain.metrics.provenance import Provenance
 from hpctrain.train.launches import read_launches
 from hpctrain.train.samples import samples_seen
 from tests.cluster.slurm import Slurm, slurm_obstacle
-from tests.cluster.training import Training, digits_config, record_of, submit, train_alone
+from tests.cluster.training import Training, digits_config, kill_ranks, record_of, submit, train_alone
 
 NODES, RATE = 2, "200mbit"
 #: steps between two kills; a checkpoint is written every 5, so that each start gets further than the one before
@@ -77,13 +76,6 @@ class Kill:
     by_hand: bool
 
 
-def kill_rank(slurm: Slurm, node: str) -> None:
-    host = next(host for host in slurm.cluster.hosts if host.name == node)
-    for process in host.processes():
-        if "train" in process.cmdline():
-            subprocess.run(["kill", "-KILL", str(process.pid)], check=False)
-
-
 def pull_cable_for_5_s(slurm: Slurm, node: str) -> None:
     slurm.cluster.cut(node)
     time.sleep(5)
@@ -104,7 +96,7 @@ def mend(slurm: Slurm, node: str) -> None:
 
 
 CAUSES = (
-    Cause("rank killed", 8, kill_rank),
+    Cause("rank killed", 8, kill_ranks),
     Cause("node without power", 3, lambda slurm, node: slurm.kill_node(node), reboot),
     Cause("node crashed, its connections closed", 3, lambda slurm, node: slurm.cluster.kill(node), reboot),
     Cause("cable out for good", 3, lambda slurm, node: slurm.cluster.cut(node), mend),

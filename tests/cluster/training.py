@@ -45,6 +45,14 @@ class Training:
         return record_of(self.run)
 
 
+def kill_ranks(slurm: Slurm, node: str) -> None:
+    """SIGKILL to all that train on ``node``."""
+    host = next(host for host in slurm.cluster.hosts if host.name == node)
+    for process in host.processes():
+        if "train" in process.cmdline():
+            process.kill()
+
+
 def lines_of(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a file that may be growing."""
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

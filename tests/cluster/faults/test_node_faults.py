@@ -1,0 +1,77 @@
+"""Nodes and cables fail below a training: it goes on when they are back, or on others, and the parameters it ends with
+are those of a run to which nothing has happened.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import Slurm
+from tests.cluster.slurm_etc import NODE_TIMEOUT_S
+from tests.cluster.training import LIMIT_S, Training, submit
+
+Start = Callable[..., Training]
+Finishes = Callable[[Training], None]
+
+pytestmark = pytest.mark.timeout(2 * LIMIT_S)
+
+
+def test_a_crashed_node_is_replaced_before_slurm_has_missed_it(slurm: Slurm, start: Start, finishes: Finishes) -> None:
+    """Its connections are closed, so that the others' ranks fail at once."""
+    training = start(options=())
+    lost = training.job.nodes[1]
+    slurm.cluster.kill(lost)
+    training.job.wait_for("PENDING", LIMIT_S)
+    finishes(training)
+    assert "after a fault" in training.job.output
+    assert lost not in training.job.nodes
+
+
+def test_a_node_lost_before_the_first_step_is_replaced(slurm: Slurm, finishes: Finishes, config: Path) -> None:
+    training = submit(slurm, config, nodes=2, tasks=1, env={"HPCTRAIN_ENGINE": "mpi"})
+    training.job.wait_for_output("start 1", LIMIT_S)
+    lost = training.job.nodes[1]
+    slurm.cluster.kill(lost)
+    finishes(training)
+    assert lost not in training.job.nodes
+
+
+def test_a_lost_node_is_replaced(slurm: Slurm, start: Start, finishes: Finishes) -> None:
+    training = start(options=())
+    lost = training.job.nodes[1]
+    slurm.kill_node(lost)
+    training.job.wait_for("PENDING", NODE_TIMEOUT_S + 60)
+    assert slurm.node_states()[lost].startswith("down")
+    finishes(training)
+    assert training.job.restarts == 1
+    assert lost not in training.job.nodes
+    assert lost not in {row["host"] for row in training.record()["ranks"]}
+    slurm.boot_node(lost)
+    slurm.await_nodes("idle", [lost])
+    assert slurm.srun([f"--nodelist={lost}", "hostname"]) == f"{lost}\n"
+
+
+def test_a_cable_out_for_five_seconds_is_waited_for(slurm: Slurm, start: Start, finishes: Finishes) -> None:
+    training = start()
+    slurm.cluster.cut("n2")
+    time.sleep(5)
+    slurm.cluster.mend("n2")
+    finishes(training)
+    assert training.job.restarts == 0
+
+
+def test_a_cable_out_for_good_loses_the_node(slurm: Slurm, start: Start, finishes: Finishes) -> None:
+    training = start(options=())
+    lost = training.job.nodes[1]
+    slurm.cluster.cut(lost)
+    training.job.wait_for("PENDING", NODE_TIMEOUT_S + 60)
+    assert training.job.wait(LIMIT_S) == "COMPLETED", training.job.output
+    assert lost not in training.job.nodes
+    # Cut off, the node has not heard of the job's end.
+    slurm.cluster.mend(lost)
+    slurm.await_nodes("idle", [lost])
+    finishes(training)

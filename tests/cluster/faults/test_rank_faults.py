@@ -1,0 +1,122 @@
+"""A rank dies, a signal comes, daemons below a training restart, its disk is full: it ends as it should or finishes,
+and the parameters it ends with are those of a run to which nothing has happened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpctrain.launch.exits import PREEMPTED
+from tests.cluster.slurm import Slurm
+from tests.cluster.training import LIMIT_S, Training, kill_ranks, submit
+
+Start = Callable[..., Training]
+Finishes = Callable[[Training], None]
+
+pytestmark = pytest.mark.timeout(2 * LIMIT_S)
+
+
+@pytest.mark.parametrize("engine", ["mpi", "horovod"])
+def test_a_killed_rank_ends_this_start_and_the_next_one_finishes(
+    slurm: Slurm, start: Start, finishes: Finishes, engine: str
+) -> None:
+    training = start(engine=engine)
+    kill_ranks(slurm, "n2")
+    finishes(training)
+    assert "n2: task 1: Killed" in training.job.output
+    assert "is requeued (1 of at most 10), after a fault, since its newest checkpoint is of this" in training.job.output
+    assert training.record()["launch"]["restarts"] == training.job.restarts == 1
+
+
+def test_daemons_and_drains_do_not_touch_the_job(slurm: Slurm, start: Start, finishes: Finishes) -> None:
+    training = start()
+    slurm.signal_daemon("n2", "slurmd", "KILL")
+    slurm.scontrol(["update", "nodename=n1", "state=drain", "reason=test"])
+    slurm.stop_controller()
+    slurm.start_controller()
+    training.wait_for_step(12)
+    slurm.start_slurmd("n2")
+    finishes(training)
+    assert training.job.restarts == 0
+    slurm.await_nodes("drained", ["n1"])
+
+
+def test_requeued_by_the_administrator(slurm: Slurm, start: Start, finishes: Finishes) -> None:
+    training = start()
+    training.job.requeue()
+    finishes(training)
+    assert training.job.restarts == 1
+
+
+def test_a_warning_leads_to_a_checkpoint_and_a_requeue(slurm: Slurm, start: Start, finishes: Finishes) -> None:
+    training = start()
+    training.job.signal("USR1", batch=True)
+    finishes(training)
+    assert training.job.restarts == 1
+    launch = training.record()["launch"]
+    assert (launch["restarts"], launch["preemptions"]) == (1, 1)
+
+
+def test_where_a_requeue_is_forbidden_the_job_ends_with_its_own_status(slurm: Slurm, start: Start) -> None:
+    training = start(options=("--no-requeue",))
+    training.job.signal("TERM", batch=True)
+    assert (training.job.wait(60), training.job.exit_code) == ("FAILED", PREEMPTED), training.job.output
+    assert "--no-requeue" in training.job.output
+    assert not slurm.strangers()
+
+
+def test_cancelled_a_run_goes_on_from_a_checkpoint_that_is_whole(
+    slurm: Slurm, start: Start, finishes: Finishes
+) -> None:
+    """scancel: SIGTERM, and SIGKILL after KillWait. Then the newest checkpoint rots."""
+    training = start()
+    training.wait_for_checkpoint(10)
+    training.job.cancel()
+    assert training.job.wait(60) == "CANCELLED", training.job.output
+    assert not slurm.strangers()
+    newest = max((training.run / "checkpoints").glob("step-*"))
+    largest = max(newest.iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    training.job.requeue()
+    finishes(training)
+    assert str(newest) in training.job.output
+
+
+def test_the_second_of_two_jobs_on_one_run_directory_is_refused(slurm: Slurm, start: Start) -> None:
+    training = start("train.max_steps=5000")
+    command = f"srun python -m hpctrain train {training.run}/config.yaml --run-dir {training.run}"
+    second = slurm.sbatch(["--nodes=1", "--wrap", command])
+    assert (second.wait(LIMIT_S), second.exit_code) == ("FAILED", 2), second.output
+    assert str(training.run) in second.output
+    assert training.job.state == "RUNNING"
+
+
+def test_a_full_disk_ends_the_job_and_what_was_saved_before_counts(
+    slurm: Slurm, config: Path, undisturbed: str
+) -> None:
+    """On one node, whose folder of runs is a file system of 4 MB: room for the log and one checkpoint.
+
+    With that one it is started again, and once more fails.
+    """
+    runs = slurm.shared / "small-disk"
+    runs.mkdir()
+    first = slurm.cluster.hosts[0]
+    first.run(["mount", "-t", "tmpfs", "-o", "size=4m", "small", str(runs)])
+    env = {"HPCTRAIN_ENGINE": "mpi", "HPCTRAIN_RUNS": str(runs)}
+    training = submit(slurm, config, nodes=1, tasks=2, options=("--nodelist=n1",), env=env)
+    assert (training.job.wait(LIMIT_S), training.job.exit_code) == ("FAILED", 1), training.job.output
+    assert training.job.output.count("No space left on device") >= 2
+    assert "is not started again: it failed (exit status 1) before it had written a checkpoint" in training.job.output
+    assert not slurm.strangers()
+    first.run(["mount", "-o", "remount,size=100m", str(runs)])
+    training.job.requeue()
+    assert training.job.wait(LIMIT_S) == "COMPLETED", training.job.output
+    record = json.loads(first.run(["cat", str(runs / training.run.name / "record.json")]).stdout)
+    assert record["parameters_sha256"] == undisturbed
+    assert record["launch"]["restarts"] == 2
