@@ -101,7 +101,7 @@ def test_what_training_is_started_with(job: Path) -> None:
     assert look[-4:] == ["-c", "[[ -r $1 ]] || exit 2", "look", "small.yaml"]
     asked = ["small.yaml", "--set", "train.epochs=3", "--set", "seed=2", "--run-dir", "runs/small-30077"]
     assert preflight[preflight.index("hpctrain") :] == ["hpctrain", "doctor", "--job", *asked]
-    assert preflight[: preflight.index("python")] == argv[: argv.index("python")]
+    assert preflight[: preflight.index("bash")] == argv[: argv.index("python")]
     command = argv.index("python")
     assert set(argv[:command]) == {
         *("--kill-on-bad-exit=1", "--nodes=2", "--distribution=block", "--ntasks=8", "--ntasks-per-node=4"),
@@ -277,6 +277,19 @@ def test_a_port_that_is_taken_is_left_alone(job: Path) -> None:
     assert recorded(job, "srun").environ["MASTER_PORT"] == str(first + 1)
 
 
+def test_a_rank_that_srun_ends_does_not_decide_over_the_status(job: Path) -> None:
+    """srun leaves with the greatest status of its tasks, and that of one ended by SIGTERM is 143."""
+    (job / "bin/srun").write_text(
+        "#!/bin/bash\n[[ $* == *doctor* ]] || exit 0\nuntil [[ $1 == bash ]]; do shift; done\n"
+        '"$@" & rank=$!\nuntil [[ -e begun ]]; do sleep 0.05; done\nkill -TERM $rank\nwait $rank\n'
+        "status=$?\nexit $((status > 2 ? status : 2))\n"
+    )
+    (job / "bin/python").write_text(
+        "#!/bin/bash\n[[ $* == *--version ]] && exit\ntouch begun\nexec sleep 5 &>/dev/null\n"
+    )
+    assert run(job, "small.yaml").returncode == 2
+
+
 def test_a_warning_during_the_preflight_leads_to_a_requeue(job: Path) -> None:
     warned = "touch $$.srun\nkill -USR1 $PPID\nexit 143\n"
     (job / "bin/srun").write_text(f"#!/bin/bash\n[[ $* == *doctor* ]] || exit 0\n{warned}")
@@ -297,6 +310,13 @@ def test_a_preempted_job_is_requeued(job: Path) -> None:
     leaves_with(job, 75)
     assert run(job, "small.yaml", "seed=2").returncode == 75
     assert recorded(job, "python").calls == [VERSION, requeue(75, "--set", "seed=2")]
+
+
+def test_slurms_end_of_a_requeued_job_reaches_no_rank_of_its_next_start(job: Path) -> None:
+    leaves_with(job, 75)
+    (job / "bin/python").write_text("#!/bin/bash\n[[ $* != *requeue* ]] || kill -TERM $PPID\n")
+    assert run(job, "small.yaml").returncode == 75
+    assert not recorded(job, "scancel").calls
 
 
 def test_an_array_keeps_its_run_directory_and_stops_when_it_has_finished(job: Path) -> None:
