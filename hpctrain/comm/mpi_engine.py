@@ -6,6 +6,7 @@ compute (mpi4py gives the interpreter lock back meanwhile) and MPI need not be t
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from hpctrain.comm.checks import (
     require_same_world,
 )
 from hpctrain.comm.process import end_process
-from hpctrain.errors import UserError
+from hpctrain.errors import MachineError, UserError
 from hpctrain.topology.probe import Probe
 from hpctrain.topology.ranks import Topology
 
@@ -80,10 +81,21 @@ def probe() -> Probe:
 
 
 def start_mpi() -> Any:
-    """mpi4py's module with MPI running; it ends with this process, whoever else uses it in between."""
+    """mpi4py's module with MPI running; it ends with this process, whoever else uses it in between.
+
+    Raises MachineError with MPI's own number where it does not start.
+    """
     mpi = _import_mpi()
-    if not mpi.Is_initialized():
-        mpi.Init_thread(mpi.THREAD_MULTIPLE)
+    if mpi.Is_initialized():
+        return mpi
+    # By way of ctypes, which lets go of the interpreter meanwhile: mpi4py's own call holds it until all ranks have come,
+    # and with it the thread that is to end a job that waits in vain. What it does afterwards is done here.
+    library, provided = ctypes.CDLL(mpi.__file__), ctypes.c_int()
+    status = library.MPI_Init_thread(None, None, mpi.THREAD_MULTIPLE, ctypes.byref(provided))
+    if status != mpi.SUCCESS:
+        raise MachineError(f"MPI does not start: MPI_Init_thread returned {status}")
+    for world in (mpi.COMM_SELF, mpi.COMM_WORLD):
+        world.Set_errhandler(mpi.ERRORS_RETURN)
     return mpi
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.commands import LIMIT_S, Ranks, hpctrain
-from tests.parallel.launch import Run, launch
+from tests.parallel.launch import Run, launch, run_job
 from tests.unit.small_runs import command, write_recipe
 
 # Several starts of python and MPI, minutes each where other work has the cores.
@@ -85,6 +85,15 @@ def test_an_engine_that_waits_for_a_rank_ends_within_its_limit(config: Path) -> 
     done = launch("plain", 1, [*argv, *sets], LIMIT_S, env=environ)
     assert done.returncode == 1 and not done.timed_out, done.output
     assert "rank 0 of 2 on host" in done.output and "waits since 5 s for the engine (torch) to start" in done.output
+
+
+def test_mpi_that_waits_for_a_rank_ends_within_its_limit(config: Path) -> None:
+    ours = [sys.executable, "-m", "hpctrain", "doctor", str(config), "--job"]
+    sets = ["--set", "comm.engine=mpi", "--set", "comm.timeout_s=5"]
+    other = ["sleep", "1000"]
+    done = run_job(["mpirun", "-np", "1", *ours, *sets, ":", "-np", "1", *other], LIMIT_S)
+    assert done.returncode == 1 and not done.timed_out, done.output
+    assert "rank 0 of 2 on host" in done.output and "waits since 5 s for the engine (mpi) to start" in done.output
 
 
 def test_worlds_of_launcher_and_engine_must_agree(config: Path) -> None:
