@@ -88,8 +88,8 @@ def start_mpi() -> Any:
     mpi = _import_mpi()
     if mpi.Is_initialized():
         return mpi
-    # By way of ctypes, which lets go of the interpreter meanwhile. mpi4py's own call holds it until all ranks have come,
-    # and with it the thread that is to end a job that waits in vain; what that call does afterwards is done here.
+    # By way of ctypes, which lets go of the interpreter meanwhile. mpi4py's own call holds it until all ranks have
+    # come, and with it the thread that is to end a job that waits in vain; what it does afterwards is done here.
     library, provided = ctypes.CDLL(mpi.__file__), ctypes.c_int()
     status = library.MPI_Init_thread(None, None, mpi.THREAD_MULTIPLE, ctypes.byref(provided))
     if status != mpi.SUCCESS:
