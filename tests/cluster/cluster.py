@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.cluster.host import Host, HostError, boot
+from tests.cluster.unprivileged import user_namespace, why_forbidden
 
 NETWORK = "10.77.0"
 HEAD_NUMBER = 254
@@ -38,14 +39,21 @@ class Cluster:
 
     ``shared`` is a folder that all hosts have at the same path, while /tmp, /run and /dev/shm are each host's own
     and the rest of the file system is the machine's. ``prepare`` gets it before any host boots; what it puts into
-    ``etc`` there lies over each host's /etc. Raises HostError where the machine refuses.
+    ``etc`` there lies over each host's /etc. With ``all_ids`` programs can change users and groups there, which root's
+    always can. Raises HostError where the machine refuses.
     """
 
     def __init__(
-        self, num_hosts: int, rate: str | None = None, prepare: Callable[[Path], None] = lambda shared: None
+        self,
+        num_hosts: int,
+        rate: str | None = None,
+        prepare: Callable[[Path], None] = lambda shared: None,
+        *,
+        all_ids: bool = False,
     ) -> None:
         if not 1 <= num_hosts < HEAD_NUMBER:
             raise ValueError(f"a cluster has 1 to {HEAD_NUMBER - 1} hosts, not {num_hosts}")
+        namespace = user_namespace(all_ids=all_ids)
         self.rate = rate
         self.shared = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         self._names = [f"n{number}" for number in range(1, num_hosts + 1)]
@@ -53,7 +61,7 @@ class Cluster:
         try:
             self._write_names()
             prepare(self.shared)
-            self.head = boot("head", f"{NETWORK}.{HEAD_NUMBER}", self.shared, None)
+            self.head = boot("head", f"{NETWORK}.{HEAD_NUMBER}", self.shared, None, namespace)
             self._lay_switch()
             for name in self._names:
                 self.boot(name)
@@ -151,9 +159,10 @@ def _seen_from_head(host: Host) -> int:
 
 
 def leftovers() -> list[Path]:
-    """Shared folders of clusters whose process was killed: all that can remain of one."""
+    """Shared folders of this user's clusters whose process was killed: all that can remain of one."""
     folders = Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*")
-    return [folder for folder in folders if not Path("/proc", folder.name.split("-")[2]).exists()]
+    mine = [folder for folder in folders if os.access(folder, os.W_OK)]
+    return [folder for folder in mine if not Path("/proc", folder.name.split("-")[2]).exists()]
 
 
 @cache
@@ -166,5 +175,6 @@ def obstacle() -> str | None:
     try:
         Cluster(1, rate="1gbit").close()
     except HostError as error:
-        return str(error)
+        # unshare's own words, which name the call that failed, not what has forbidden it
+        return f"{error} ({why_forbidden()})" if os.geteuid() and "unshare:" in str(error) else str(error)
     return None

@@ -25,7 +25,8 @@ start_accounting() {
     sacctmgr --immediate add cluster hpctrain
 }
 
-munged --seed-file /run/munge/seed --log-file "$log/munged-$HOSTNAME.log"
+# By force, since in a user namespace / is nobody's, and munged finds its key insecure there.
+munged --force --seed-file /run/munge/seed --log-file "$log/munged-$HOSTNAME.log"
 if [[ $role == node ]]; then
     "$(command -v sshd)" -E "$log/sshd-$HOSTNAME.log" # by its full path, which it starts itself again by
     slurmd

@@ -116,14 +116,15 @@ class Host:
                 pipe.close()
 
 
-def boot(name: str, address: str, shared: Path, head: Host | None) -> Host:
+def boot(name: str, address: str, shared: Path, head: Host | None, user_namespace: Sequence[str] = ()) -> Host:
     """A new host without cables. Its processes are visible on ``head``, if given, and end with it.
 
+    A head's ``user_namespace`` are the options of unshare(1) that make one; the hosts share it. Empty for root.
     Raises HostError with the machine's own words when a namespace or a mount is refused.
     """
     as_root = os.geteuid() == 0
     if head is None:
-        outer = ["unshare", *([] if as_root else ["--user", "--map-root-user"])]
+        outer = ["unshare", *user_namespace]
     else:
         user = [] if as_root else ["--user", "--preserve-credentials"]
         outer = ["nsenter", f"--target={head.pid}", *user, "--pid", "unshare"]

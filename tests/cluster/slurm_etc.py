@@ -79,6 +79,8 @@ HostKey /etc/ssh/cluster_key
 AuthorizedKeysFile /etc/ssh/cluster_key.pub
 PidFile /run/sshd.pid
 PermitRootLogin yes
+# It would not trust a key below /, which is nobody's in a user namespace.
+StrictModes no
 MaxStartups 100
 SetEnv {environment}
 """
@@ -107,6 +109,8 @@ def write_etc(shared: Path, settings: Settings, ssh_environment: Mapping[str, st
     _write_slurm(etc / "slurm", shared, settings)
     key = etc / "ssh/cluster_key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "cluster", "-f", str(key)], check=True)
+    # No password fits, and yet the account is not locked: it is when sshd cannot read the machine's file.
+    _write(etc / "shadow", "root:*:1::::::\n")
     _write(etc / "ssh/ssh_config", _SSH_CONFIG)
     pairs = " ".join(f'"{name}={value}"' for name, value in ssh_environment.items())
     _write(etc / "ssh/sshd_config", _SSHD_CONFIG.format(environment=pairs))
