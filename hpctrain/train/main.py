@@ -24,6 +24,9 @@ from hpctrain.train.rundir import RunDirectory, default_run_dir
 from hpctrain.train.session import Session, open_session
 from hpctrain.train.state import Evaluation, Progress
 
+#: what Slurm leaves the ranks of a job that it ends, between SIGTERM and SIGKILL, as it comes
+KILL_WAIT_S = 30.0
+
 
 def train_command(
     config: Config, name: str, *, resume: str, run_dir: Path | None, requests: Requests | None = None
@@ -37,7 +40,7 @@ def train_command(
     with open_session(config.comm, config.train.device, requests.asked) as session:
         path = on_rank_zero(session.comm, lambda: str(run_dir or default_run_dir(name)))
         run = RunDirectory(Path(path))
-        on_rank_zero(session.comm, run.open)
+        on_rank_zero(session.comm, lambda: run.open(config.comm.timeout_s + KILL_WAIT_S))
         try:
             finished = train(config, session, run, resume, name, requests)
         finally:

@@ -61,8 +61,11 @@ class RunDirectory:
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
-    def open(self) -> None:
-        """Make the folder and take its lock.
+    def open(self, earlier_start_s: float = _PATIENCE_S) -> None:
+        """Make the folder and take its lock; an earlier start of this Slurm job may take ``earlier_start_s`` to die.
+
+        Slurm starts a job again while ranks of its last start may still be alive, on a node that it cannot reach: these
+        end when they have waited for their peers for long enough.
 
         Raises UserError when it cannot be written to or another job holds it, MachineError when the disk is full.
         """
@@ -72,10 +75,9 @@ class RunDirectory:
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         try:
-            _lock_patiently(lock)
+            _lock_patiently(lock, _of_this_job(), earlier_start_s)
         except BlockingIOError as error:
-            lock.seek(0)
-            holder = lock.read().strip() or "an unknown process"
+            holder = _holder(lock)
             lock.close()
             raise UserError(
                 f"run directory {self.path} is in use by {holder}; wait for that job or give another --run-dir"
@@ -84,7 +86,7 @@ class RunDirectory:
             lock.close()
             raise MachineError(f"cannot lock the run directory {self.path}: {error.strerror}") from error
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        lock.write(f"process {os.getpid()} on host {socket.gethostname()}{_of_this_job()}\n")
         lock.flush()
         self._lock = lock
 
@@ -99,14 +101,26 @@ class RunDirectory:
             self._lock = None
 
 
-def _lock_patiently(lock: IO[str]) -> None:
-    """Take the lock; raises BlockingIOError when it is still held after ``_PATIENCE_S``."""
-    deadline = time.monotonic() + _PATIENCE_S
+def _of_this_job() -> str:
+    """How the Slurm job around this process is told in the lock, nothing outside of one."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f" of job {job}" if job else ""
+
+
+def _holder(lock: IO[str]) -> str:
+    lock.seek(0)
+    return lock.read().strip() or "an unknown process"
+
+
+def _lock_patiently(lock: IO[str], of_this_job: str, earlier_start_s: float) -> None:
+    """Take the lock; raises BlockingIOError when the holder's time has come to an end and it is still held."""
+    began = time.monotonic()
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= deadline:
+            is_earlier_start = of_this_job and _holder(lock).endswith(of_this_job)
+            if time.monotonic() - began >= (earlier_start_s if is_earlier_start else _PATIENCE_S):
                 raise
             time.sleep(0.2)
 

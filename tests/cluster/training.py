@@ -49,7 +49,7 @@ def kill_ranks(slurm: Slurm, node: str) -> None:
     """SIGKILL to all that train on ``node``."""
     host = next(host for host in slurm.cluster.hosts if host.name == node)
     for process in host.processes():
-        if "train" in process.cmdline():
+        if process.name().startswith("python") and "train" in process.cmdline():
             process.kill()
 
 

@@ -24,6 +24,20 @@ def test_second_job_is_refused_until_the_first_is_gone(tmp_path: Path, monkeypat
     second.close()
 
 
+def test_an_earlier_start_of_the_same_job_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off from Slurm and from its peers, it has not yet given up."""
+    monkeypatch.setattr("hpctrain.train.rundir._PATIENCE_S", 0.0)
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    first.open()
+    threading.Timer(0.5, first.close).start()
+    second.open(earlier_start_s=60)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on host \S+ of job 77; wait for that job"):
+        first.open(earlier_start_s=60)
+    second.close()
+
+
 def test_not_writable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to the run directory .* give a writable one with --run-dir"):

@@ -65,8 +65,9 @@ def test_a_cable_out_for_five_seconds_is_waited_for(slurm: Slurm, start: Start, 
 
 
 def test_a_cable_out_for_good_loses_the_node(slurm: Slurm, start: Start, finishes: Finishes) -> None:
-    training = start(options=())
-    lost = training.job.nodes[1]
+    """That of rank 0, which lives there until it has waited for long enough, and keeps the run directory."""
+    training = start("comm.timeout_s=45", options=())
+    lost = training.job.nodes[0]
     slurm.cluster.cut(lost)
     training.job.wait_for("PENDING", NODE_TIMEOUT_S + 60)
     assert training.job.wait(LIMIT_S) == "COMPLETED", training.job.output
@@ -74,4 +75,5 @@ def test_a_cable_out_for_good_loses_the_node(slurm: Slurm, start: Start, finishe
     # Cut off, the node has not heard of the job's end.
     slurm.cluster.mend(lost)
     slurm.await_nodes("idle", [lost])
+    assert not slurm.strangers(60)
     finishes(training)
