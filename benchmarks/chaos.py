@@ -88,10 +88,7 @@ def reboot(slurm: Slurm, node: str) -> None:
 
 
 def mend(slurm: Slurm, node: str) -> None:
-    """Slurm asks a node that is down only now and then whether it is back: as an administrator does, tell it."""
-    slurm.cluster.mend(node)
-    slurm.signal_daemon(node, "slurmd", "KILL")
-    slurm.start_slurmd(node)
+    slurm.rejoin(node)
     slurm.await_nodes("idle", [node])
 
 
@@ -206,7 +203,7 @@ def torment(slurm: Slurm, plan: list[tuple[int, Cause]], draw: random.Random, sc
     training = submit(slurm, config, *patience, nodes=NODES, tasks=1, env={"HPCTRAIN_ENGINE": "mpi"})
     ordeal, kills = Ordeal(slurm, training, draw), []
     for step, cause in plan:
-        ordeal.wait_for_step(step)
+        ordeal.wait_for_step(max(step, (kills[-1].resumed_step or 0) + GAP_STEPS[0]) if kills else step)
         kills.append(ordeal.kill(cause))
         print(
             f"{len(kills):3}. {cause.name} on {kills[-1].node} at step {kills[-1].step}: {kills[-1].lost_s:.1f} s lost",

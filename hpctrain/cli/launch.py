@@ -52,8 +52,8 @@ def requeue(
 ) -> None:
     """Have Slurm start the job around this command again; for job scripts.
 
-    After status 75, a preemption, in any case; after another, a fault of the machine, where a node was lost or the job
-    has written a checkpoint since it began. Otherwise it leaves with what the job is to leave with.
+    After status 75, a preemption, in any case; after another, a fault of the machine, where a node was lost, and unless
+    it is the second fault from the same checkpoint. Otherwise it leaves with what the job is to leave with.
     """
     from hpctrain.config.load import load_config
     from hpctrain.launch.exits import PREEMPTED

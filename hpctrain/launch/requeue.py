@@ -1,8 +1,8 @@
 """The command `requeue`: called by a batch script whose ranks left before the run was over, outside of any container.
 
 It asks Slurm to start this job anew, at most ``launch.max_requeues`` times; the run goes on in its run directory.
-Ranks that left with ``exits.PREEMPTED`` may always go on. After a fault it is worth while where a node was lost, or
-where this start has got further than the one before: what fails twice at the same place would fail a third time.
+Ranks that left with ``exits.PREEMPTED`` may always go on. After a fault it is worth while where a node was lost, where
+this start has written a checkpoint, and once from each checkpoint: what fails twice from there would fail a third time.
 """
 
 from __future__ import annotations
@@ -50,16 +50,15 @@ def requeue_after_fault(config: LaunchConfig, environ: Mapping[str, str], run_di
     Raises NotRequeued with ``status`` also where another start promises nothing.
     """
     job = _job_of(environ)
-    if _has_progressed(run_dir, job, environ):
-        why = "after a fault, since its newest checkpoint is of this start"
-    elif silence := _silence(environ):
-        why = f"since a node of it does not answer ({silence})"
-    else:
+    hopeless = _hopeless(run_dir, job, environ)
+    silence = hopeless and _silence(environ)
+    if hopeless and not silence:
         raise NotRequeued(
-            f"job {job} is not started again: it failed (exit status {status}) before it had written a checkpoint, and "
-            f"its nodes answer; find the fault above, then {_REMEDY.removeprefix('to go on, ')}",
+            f"job {job} is not started again: it failed (exit status {status}) {hopeless}, and its nodes answer; "
+            f"find the fault above, then {_REMEDY.removeprefix('to go on, ')}",
             status,
         )
+    why = f"since a node of it does not answer ({silence})" if silence else f"after a fault (exit status {status})"
     try:
         return f"{_start_again(job, config, environ)}, {why}"
     except NotRequeued as refusal:
@@ -74,15 +73,21 @@ def _job_of(environ: Mapping[str, str]) -> str:
     return job
 
 
-def _has_progressed(run_dir: Path, job: str, environ: Mapping[str, str]) -> bool:
-    """Whether this start of the job has written a checkpoint that the run did not have before."""
+def _hopeless(run_dir: Path, job: str, environ: Mapping[str, str]) -> str | None:
+    """Where this start of the job failed, if another one would fail there too; None if it promises something."""
     log = run_dir / LAUNCHES_FILE
-    begun = [line for line in read_log(log) if line["event"] == "begin"] if log.exists() else []
+    lines = list(read_log(log)) if log.exists() else []
+    begun = [line for line in lines if line["event"] == "begin"]
     start = (job, environ.get("SLURM_RESTART_COUNT"))
     if not begun or (begun[-1].get("slurm_job_id"), begun[-1].get("slurm_restart_count")) != start:
-        return False
+        return "before it began to train"
+    step = int(begun[-1]["step"])
     names = (path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*"))
-    return max((int(name) for name in names if name.isdecimal()), default=0) > int(begun[-1]["step"])
+    if max((int(name) for name in names if name.isdecimal()), default=0) > step:
+        return None
+    ended = {line["launch"] for line in lines if line["event"] == "end"}
+    failed_before = [line for line in begun[-2:-1] if line["step"] == step and line["launch"] not in ended]
+    return f"for the second time since step {step}, before a checkpoint" if failed_before else None
 
 
 def _silence(environ: Mapping[str, str]) -> str | None:

@@ -35,7 +35,7 @@ DAEMONS_SCRIPT = Path(__file__).with_name("daemons.sh")
 UP_TIMEOUT_S = 90.0
 _POLL_S = 0.05
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "sshd", "ssh-keygen")
-_DAEMONS = {"munged", "sshd", "slurmd", "slurmctld", "slurmscriptd", "slurmdbd", "mariadbd"}
+_DAEMONS = {"munged", "sshd", "slurmd", "slurmstepd", "slurmctld", "slurmscriptd", "slurmdbd", "mariadbd"}
 #: without it PMIx prints a page about a plugin that Slurm's side offers and the wheel lacks
 _PMIX = {"PMIX_MCA_psec": "native"}
 
@@ -149,6 +149,15 @@ class Slurm:
         pid_file = f"/run/munge/{daemon}.pid" if daemon == "munged" else f"/run/slurm/{daemon}.pid"
         self._host(name).run(["bash", "-c", f"kill -{signal} $(< {pid_file})"])
 
+    def rejoin(self, name: str) -> None:
+        """Mend a node's cable, and bring the node back as an administrator does.
+
+        Slurm asks a node that is down only now and then whether it is back.
+        """
+        self.cluster.mend(name)
+        self.signal_daemon(name, "slurmd", "KILL")
+        self.start_slurmd(name)
+
     def stop_controller(self) -> None:
         """End slurmctld as an administrator does: it saves its state first."""
         wait = "pid=$(< /run/slurm/slurmctld.pid); kill $pid; while [[ -e /proc/$pid ]]; do sleep 0.05; done"
@@ -183,6 +192,8 @@ class Slurm:
         for name, state in self.node_states().items():
             if state.startswith("drain"):
                 self.call(["scontrol", "update", f"nodename={name}", "state=resume"])
+            elif state.startswith("down"):
+                self.rejoin(name)
         self.await_nodes("idle", self.names)
 
     def _all(self) -> list[Host]:

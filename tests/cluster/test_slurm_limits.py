@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -173,7 +174,7 @@ def a_rank_that_stands_still(stage: Stage) -> None:
     training.wait_for_step(30)  # the peers learn once a second where it stands
     (rank,) = stage.processes(training, "n4")
     os.kill(rank, signal.SIGSTOP)
-    training.job.wait_for_output("is requeued (1 of at most 10), after a fault, since its newest checkpoint is of", 60)
+    training.job.wait_for_output("is requeued (1 of at most 10), after a fault (exit status ", 60)
     place, silence = r"step [1-9]\d*, phase \w+", "its process gives no sign of life"
     told = rf"no progress for \d+ s: rank 1 \(host n4\) is late: {place}, {silence}; the others wait in {place};"
     assert re.search(told, training.job.output), training.job.output
@@ -181,14 +182,20 @@ def a_rank_that_stands_still(stage: Stage) -> None:
     assert training.job.restarts == 1
 
 
-def a_fault_before_the_first_checkpoint(stage: Stage) -> None:
+def a_fault_twice_before_the_first_checkpoint(stage: Stage) -> None:
     training = stage.submit("checkpoint.every_steps=1000", where="n[2-3]")
-    training.wait_for_step(1)
-    for rank in stage.processes(training, "n3"):
-        os.kill(rank, signal.SIGKILL)
+    for start in (1, 2):
+        training.job.wait_until(partial(begun, training, start), LIMIT_S, "train")
+        for rank in stage.processes(training, "n3"):
+            os.kill(rank, signal.SIGKILL)
     stage.ends(training, "FAILED")
     assert training.job.exit_code not in NO_FAULT
-    assert "is not started again: it failed (exit status" in training.job.output
+    assert training.job.restarts == 1
+    assert re.search(r"not started again: it failed .* for the second time since step 0, before", training.job.output)
+
+
+def begun(training: Training, start: int) -> bool:
+    return len(read_launches(training.run)) == start
 
 
 def cancelled_on_four_nodes_it_goes_on_on_two(stage: Stage) -> None:
@@ -227,7 +234,7 @@ def cancelled_on_four_nodes_it_goes_on_on_two(stage: Stage) -> None:
 STORIES = (
     stopped_by_its_time_limit,
     a_rank_that_stands_still,
-    a_fault_before_the_first_checkpoint,
+    a_fault_twice_before_the_first_checkpoint,
     cancelled_on_four_nodes_it_goes_on_on_two,
 )
 

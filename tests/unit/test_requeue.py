@@ -98,14 +98,18 @@ ALONE = [
 ]
 
 
-def run_of(folder: Path, *, begun_at: int, saved: list[int], **slurm: str) -> Path:
-    """A run directory that was taken up at a step, by the first start of job 77 unless told, and its checkpoints."""
+def begin(launch: int, step: int, **slurm: str) -> dict[str, object]:
+    """The line of a launch by the first start of job 77, unless told."""
+    return {"launch": launch, "event": "begin", "step": step, "slurm_job_id": "77", **slurm}
+
+
+def run_of(folder: Path, *lines: dict[str, object], saved: int = 0) -> Path:
+    """A run directory with these lines in its list of launches, and a checkpoint of step ``saved``."""
     run = folder / "run"
-    for step in saved:
-        (run / f"checkpoints/step-{step:06d}").mkdir(parents=True)
-    (run / "checkpoints/step-000099.partial").mkdir(parents=True)
-    begin = {"launch": 0, "event": "begin", "step": begun_at, "slurm_job_id": "77", **slurm}
-    (run / "launches.jsonl").write_text(json.dumps(begin) + "\n")
+    (run / "checkpoints/.step-000099.partial").mkdir(parents=True)
+    if saved:
+        (run / f"checkpoints/step-{saved:06d}").mkdir()
+    (run / "launches.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
 
@@ -114,31 +118,41 @@ def after_fault(folder: Path, run: Path, config: LaunchConfig | None = None, **m
     return requeue_after_fault(config or LaunchConfig(), environ, run, 137)
 
 
-def test_after_a_fault_what_has_moved_on_is_started_again(tmp_path: Path) -> None:
-    Double(tmp_path, "scontrol", stdout="JobId=77 Requeue=1\n")
-    run = run_of(tmp_path, begun_at=10, saved=[10, 15], slurm_restart_count="1")
-    told = after_fault(tmp_path, run, SLURM_RESTART_COUNT="1")
-    assert told == "job 77 is requeued (2 of at most 10), after a fault, since its newest checkpoint is of this start"
+PREEMPTED_AT_10 = {"launch": 0, "event": "end", "step": 10, "preempted": True}
 
 
 @pytest.mark.parametrize(
-    ("saved", "slurm"),
+    ("lines", "saved"),
     [
-        pytest.param([10], {}, id="no new checkpoint"),
-        pytest.param([], {}, id="no checkpoint"),
-        pytest.param([10, 15], {"slurm_job_id": "76"}, id="of another job"),
-        pytest.param([10, 15], {"slurm_restart_count": "1"}, id="of an earlier start"),
+        pytest.param([begin(0, 0)], 0, id="for the first time"),
+        pytest.param([begin(0, 0), begin(1, 10)], 10, id="for the first time from a checkpoint"),
+        pytest.param([begin(0, 10), begin(1, 10)], 15, id="with a new checkpoint"),
+        pytest.param([begin(0, 10), PREEMPTED_AT_10, begin(1, 10)], 10, id="after a preemption"),
     ],
 )
-def test_what_has_not_moved_on_ends_with_its_status(tmp_path: Path, saved: list[int], slurm: dict[str, str]) -> None:
+def test_after_a_fault_a_job_is_started_again(tmp_path: Path, lines: list[dict[str, object]], saved: int) -> None:
+    Double(tmp_path, "scontrol", stdout="JobId=77 Requeue=1\n")
+    told = after_fault(tmp_path, run_of(tmp_path, *lines, saved=saved))
+    assert told == "job 77 is requeued (1 of at most 10), after a fault (exit status 137)"
+
+
+@pytest.mark.parametrize(
+    ("lines", "where"),
+    [
+        pytest.param([begin(0, 0), begin(1, 0)], "for the second time since step 0, before a checkpoint", id="twice"),
+        pytest.param([], "before it began to train", id="not begun"),
+        pytest.param([begin(0, 0, slurm_job_id="76")], "before it began to train", id="begun by another job"),
+        pytest.param([begin(0, 0, slurm_restart_count="1")], "before it began to train", id="begun by another start"),
+    ],
+)
+def test_what_promises_nothing_ends_with_its_status(tmp_path: Path, lines: list[dict[str, object]], where: str) -> None:
     scontrol, srun = Double(tmp_path, "scontrol"), Double(tmp_path, "srun")
-    run = run_of(tmp_path, begun_at=10, saved=saved, **slurm)
     with pytest.raises(NotRequeued) as caught:
-        after_fault(tmp_path, run)
+        after_fault(tmp_path, run_of(tmp_path, *lines))
     assert caught.value.exit_code == 137
     assert str(caught.value) == (
-        "job 77 is not started again: it failed (exit status 137) before it had written a checkpoint, and its nodes "
-        "answer; find the fault above, then submit it again with HPCTRAIN_RUN_DIR set to its run directory"
+        f"job 77 is not started again: it failed (exit status 137) {where}, and its nodes answer; "
+        "find the fault above, then submit it again with HPCTRAIN_RUN_DIR set to its run directory"
     )
     assert srun.calls == [["--nodes=4", "--ntasks=4", *ALONE]]
     assert not scontrol.calls
@@ -155,14 +169,14 @@ def test_where_a_node_is_silent_the_job_is_started_again(tmp_path: Path) -> None
 
 
 def test_after_a_fault_a_refusal_leaves_with_the_status_of_the_fault(tmp_path: Path) -> None:
-    run = run_of(tmp_path, begun_at=0, saved=[5])
+    run = run_of(tmp_path, begin(0, 0))
     with pytest.raises(NotRequeued, match=re.escape("started again 0 times already (launch.max_requeues=0)")) as caught:
         after_fault(tmp_path, run, LaunchConfig(max_requeues=0))
     assert caught.value.exit_code == 137
 
 
 def test_after_a_fault_an_arrays_next_task_goes_on(tmp_path: Path) -> None:
-    run = run_of(tmp_path, begun_at=0, saved=[5])
+    run = run_of(tmp_path, begin(0, 0))
     array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "9"}
     with pytest.raises(NotRequeued, match="the next one goes on") as caught:
         after_fault(tmp_path, run, **array)

@@ -73,7 +73,7 @@ def test_a_cable_out_for_good_loses_the_node(slurm: Slurm, start: Start, finishe
     assert training.job.wait(LIMIT_S) == "COMPLETED", training.job.output
     assert lost not in training.job.nodes
     # Cut off, the node has not heard of the job's end.
-    slurm.cluster.mend(lost)
+    slurm.rejoin(lost)
     slurm.await_nodes("idle", [lost])
-    assert not slurm.strangers(60)
+    assert not slurm.strangers(120)
     finishes(training)
