@@ -114,6 +114,11 @@ def _start_again(job: str, config: LaunchConfig, environ: Mapping[str, str]) -> 
             f"find out why it is stopped so often; {_REMEDY}"
         )
     facts = ask_slurm(["scontrol", "show", "job", "--oneliner", job], environ)
+    # On a node that was cut off, the script of a start that Slurm has given up long since may still come here.
+    if (_fact("Restarts", facts) or str(restarts)) != str(restarts):
+        raise NotRequeued(
+            f"Slurm has started job {job} again already: this start of it, number {restarts + 1}, is over"
+        )
     # The ranks of a cancelled job leave with the same status, and Slurm would start it again if it were asked to.
     if (state := _fact("JobState", facts)) in _ENDING and not _ran_to_its_limit(facts):
         raise NotRequeued(

@@ -27,10 +27,18 @@ def not_requeued(folder: Path, config: LaunchConfig | None = None, **more: str) 
 
 @pytest.mark.parametrize(("restarts", "number"), [({}, 1), ({"SLURM_RESTART_COUNT": "3"}, 4)])
 def test_a_job_is_started_again(tmp_path: Path, restarts: dict[str, str], number: int) -> None:
-    scontrol = Double(tmp_path, "scontrol", stdout="JobId=77 Requeue=1 Restarts=0\n")
+    scontrol = Double(tmp_path, "scontrol", stdout=f"JobId=77 Requeue=1 Restarts={number - 1}\n")
     told = requeue(LaunchConfig(), environment(tmp_path, **restarts))
     assert told == f"job 77 is requeued ({number} of at most 10)"
     assert scontrol.calls == [["show", "job", "--oneliner", "77"], ["requeue", "77"]]
+
+
+def test_a_start_that_is_over_does_not_end_the_next_one(tmp_path: Path) -> None:
+    """Its script was on a node that was cut off, and is back."""
+    scontrol = Double(tmp_path, "scontrol", stdout="JobId=77 JobState=RUNNING Requeue=1 Restarts=2\n")
+    told = not_requeued(tmp_path, SLURM_RESTART_COUNT="1")
+    assert told == "Slurm has started job 77 again already: this start of it, number 2, is over"
+    assert len(scontrol.calls) == 1
 
 
 def test_it_is_not_started_again_for_ever(tmp_path: Path) -> None:
