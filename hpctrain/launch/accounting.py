@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.slurm import ask_slurm
-from hpctrain.metrics.jsonfiles import read_log
+from hpctrain.metrics.jsonfiles import read_log_if_any
 from hpctrain.metrics.record import LAUNCHES_FILE, RECORD_FILE, read_record, write_record
 
 _FIELDS = (
@@ -53,8 +53,7 @@ def account(run_dir: Path, environ: Mapping[str, str], patience_s: float = _PATI
 
 def _jobs_of(run_dir: Path) -> list[str]:
     """Numbers of the jobs that took the run up, in that order; none where it was not trained under Slurm."""
-    path = run_dir / LAUNCHES_FILE
-    lines: Iterable[dict[str, Any]] = read_log(path) if path.exists() else ()
+    lines = read_log_if_any(run_dir / LAUNCHES_FILE)
     return list(dict.fromkeys(line["slurm_job_id"] for line in lines if "slurm_job_id" in line))
 
 

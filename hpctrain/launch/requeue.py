@@ -16,7 +16,7 @@ from hpctrain.errors import HpctrainError, UserError
 from hpctrain.launch.durations import parse_duration
 from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.slurm import SlurmRefusal, ask_slurm
-from hpctrain.metrics.jsonfiles import read_log
+from hpctrain.metrics.jsonfiles import read_log_if_any
 from hpctrain.metrics.record import LAUNCHES_FILE
 
 _REMEDY = "to go on, submit it again with HPCTRAIN_RUN_DIR set to its run directory"
@@ -75,8 +75,7 @@ def _job_of(environ: Mapping[str, str]) -> str:
 
 def _hopeless(run_dir: Path, job: str, environ: Mapping[str, str]) -> str | None:
     """Where this start of the job failed, if another one would fail there too; None if it promises something."""
-    log = run_dir / LAUNCHES_FILE
-    lines = list(read_log(log)) if log.exists() else []
+    lines = read_log_if_any(run_dir / LAUNCHES_FILE)
     begun = [line for line in lines if line["event"] == "begin"]
     start = (job, environ.get("SLURM_RESTART_COUNT"))
     if not begun or (begun[-1].get("slurm_job_id"), begun[-1].get("slurm_restart_count")) != start:

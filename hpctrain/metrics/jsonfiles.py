@@ -123,6 +123,11 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"line {number} of {path} is damaged; restore the file from a copy") from error
 
 
+def read_log_if_any(path: Path) -> list[dict[str, Any]]:
+    """All lines of ``read_log``, in memory; none where there is no such file."""
+    return list(read_log(path)) if path.exists() else []
+
+
 def _whole_lines_bytes(path: Path) -> int:
     """Bytes up to and with the last newline."""
     size = path.stat().st_size

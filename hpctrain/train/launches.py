@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hpctrain.metrics.jsonfiles import DurableLog, read_log
+from hpctrain.metrics.jsonfiles import DurableLog, read_log_if_any
 from hpctrain.metrics.record import LAUNCHES_FILE
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
@@ -61,12 +61,9 @@ class Launches:
 
 def read_launches(run_dir: Path) -> list[Launch]:
     """In order; empty for a run directory that has none. Raises UserError for a damaged file."""
-    path = run_dir / LAUNCHES_FILE
-    if not path.exists():
-        return []
     begun: list[dict[str, Any]] = []
     ends: dict[int, dict[str, Any]] = {}
-    for line in read_log(path):
+    for line in read_log_if_any(run_dir / LAUNCHES_FILE):
         if line["event"] == "begin":
             begun.append(line)
         else:
