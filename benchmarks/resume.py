@@ -17,8 +17,9 @@ import torch
 
 from benchmarks.pictures import make_pictures
 from benchmarks.ranks import conclude, hpctrain, parser
+from hpctrain.metrics.layout import list_checkpoints
 from hpctrain.metrics.provenance import Provenance
-from hpctrain.train.checkpoint import list_checkpoints, load_checkpoint
+from hpctrain.train.checkpoint import load_checkpoint
 
 STEPS = 20
 

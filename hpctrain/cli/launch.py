@@ -56,17 +56,10 @@ def requeue(
     it is the second fault from the same checkpoint. Otherwise it leaves with what the job is to leave with.
     """
     from hpctrain.config.load import load_config
-    from hpctrain.launch.exits import PREEMPTED
     from hpctrain.launch.requeue import requeue as start_again
-    from hpctrain.launch.requeue import requeue_after_fault
 
     launch = load_config(config, overrides or []).launch
-    told = (
-        start_again(launch, os.environ)
-        if status == PREEMPTED
-        else requeue_after_fault(launch, os.environ, run_dir, status)
-    )
-    typer.echo(f"hpctrain: {told}")
+    typer.echo(f"hpctrain: {start_again(launch, os.environ, run_dir, status)}")
 
 
 def account(

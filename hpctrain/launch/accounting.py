@@ -15,7 +15,8 @@ from typing import Any
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.slurm import ask_slurm
 from hpctrain.metrics.jsonfiles import read_log_if_any
-from hpctrain.metrics.record import LAUNCHES_FILE, RECORD_FILE, read_record, write_record
+from hpctrain.metrics.layout import LAUNCHES_FILE, RECORD_FILE
+from hpctrain.metrics.record import read_record, write_record
 
 _FIELDS = (
     "JobID",

@@ -17,7 +17,7 @@ from hpctrain.launch.durations import parse_duration
 from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.slurm import SlurmRefusal, ask_slurm
 from hpctrain.metrics.jsonfiles import read_log_if_any
-from hpctrain.metrics.record import LAUNCHES_FILE
+from hpctrain.metrics.layout import CHECKPOINTS, LAUNCHES_FILE, list_checkpoints, step_of
 
 _REMEDY = "to go on, submit it again with HPCTRAIN_RUN_DIR set to its run directory"
 
@@ -31,39 +31,29 @@ _ANSWER_S = 60.0
 class NotRequeued(UserError):
     """The job ends here, and its run is not over; ``exit_code`` is what the job is to leave with."""
 
-    def __init__(self, text: str, exit_code: int = PREEMPTED) -> None:
+    def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
         self.exit_code = exit_code
 
 
-def requeue(config: LaunchConfig, environ: Mapping[str, str]) -> str:
+def requeue(config: LaunchConfig, environ: Mapping[str, str], run_dir: Path, status: int) -> str:
     """Have Slurm start the job that ``environ`` tells of again; what was done, as one sentence.
 
-    Raises NotRequeued where the job may not or need not be started again, UserError outside of a job.
-    """
-    return _start_again(_job_of(environ), config, environ)
-
-
-def requeue_after_fault(config: LaunchConfig, environ: Mapping[str, str], run_dir: Path, status: int) -> str:
-    """The same for a job whose ranks left with ``status``, a fault of the machine, training in ``run_dir``.
-
-    Raises NotRequeued with ``status`` also where another start promises nothing.
+    Its ranks trained in ``run_dir`` and left with ``status``. Raises NotRequeued where the job may not be started again
+    or another start promises nothing, UserError outside of a job.
     """
     job = _job_of(environ)
-    hopeless = _hopeless(run_dir, job, environ)
-    silence = hopeless and _silence(environ)
-    if hopeless and not silence:
-        raise NotRequeued(
-            f"job {job} is not started again: it failed (exit status {status}) {hopeless}, and its nodes answer; "
-            f"find the fault above, then {_REMEDY.removeprefix('to go on, ')}",
-            status,
-        )
-    why = f"since a node of it does not answer ({silence})" if silence else f"after a fault (exit status {status})"
+    why = "" if status == PREEMPTED else f", {_promise(job, environ, run_dir, status)}"
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        raise NotRequeued(_hand_over(environ), PREEMPTED)
+    restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
+    if reason := _refusal(job, restarts, config, environ):
+        raise NotRequeued(reason, status)
     try:
-        return f"{_start_again(job, config, environ)}, {why}"
-    except NotRequeued as refusal:
-        handed_over = "SLURM_ARRAY_JOB_ID" in environ
-        raise NotRequeued(str(refusal), PREEMPTED if handed_over else status) from None
+        ask_slurm(["scontrol", "requeue", job], environ)
+    except SlurmRefusal as refusal:
+        raise NotRequeued(f"Slurm does not start job {job} again ({refusal}): {_REMEDY}", status) from None
+    return f"job {job} is requeued ({restarts + 1} of at most {config.max_requeues}){why}"
 
 
 def _job_of(environ: Mapping[str, str]) -> str:
@@ -71,6 +61,20 @@ def _job_of(environ: Mapping[str, str]) -> str:
     if not job.isdecimal():
         raise UserError("there is no job to requeue (SLURM_JOB_ID is not set): `hpctrain requeue` is for job scripts")
     return job
+
+
+def _promise(job: str, environ: Mapping[str, str], run_dir: Path, status: int) -> str:
+    """Why another start may go on where this one failed. Raises NotRequeued if it would fail there too."""
+    hopeless = _hopeless(run_dir, job, environ)
+    if not hopeless:
+        return f"after a fault (exit status {status})"
+    if silence := _silence(environ):
+        return f"since a node of it does not answer ({silence})"
+    raise NotRequeued(
+        f"job {job} is not started again: it failed (exit status {status}) {hopeless}, and its nodes answer; "
+        f"find the fault above, then {_REMEDY.removeprefix('to go on, ')}",
+        status,
+    )
 
 
 def _hopeless(run_dir: Path, job: str, environ: Mapping[str, str]) -> str | None:
@@ -81,8 +85,7 @@ def _hopeless(run_dir: Path, job: str, environ: Mapping[str, str]) -> str | None
     if not begun or (begun[-1].get("slurm_job_id"), begun[-1].get("slurm_restart_count")) != start:
         return "before it began to train"
     step = int(begun[-1]["step"])
-    names = (path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*"))
-    if max((int(name) for name in names if name.isdecimal()), default=0) > step:
+    if any(step_of(path) > step for path in list_checkpoints(run_dir / CHECKPOINTS)):
         return None
     ended = {line["launch"] for line in lines if line["event"] == "end"}
     failed_before = [line for line in begun[-2:-1] if line["step"] == step and line["launch"] not in ended]
@@ -103,33 +106,23 @@ def _silence(environ: Mapping[str, str]) -> str | None:
     return None
 
 
-def _start_again(job: str, config: LaunchConfig, environ: Mapping[str, str]) -> str:
-    if "SLURM_ARRAY_JOB_ID" in environ:
-        raise NotRequeued(_hand_over(environ))
-    restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
+def _refusal(job: str, restarts: int, config: LaunchConfig, environ: Mapping[str, str]) -> str | None:
+    """Why the job may not be started again, or None where it may."""
     if restarts >= config.max_requeues:
-        raise NotRequeued(
+        return (
             f"job {job} has been started again {restarts} times already (launch.max_requeues={config.max_requeues}): "
             f"find out why it is stopped so often; {_REMEDY}"
         )
     facts = ask_slurm(["scontrol", "show", "job", "--oneliner", job], environ)
     # On a node that was cut off, the script of a start that Slurm has given up long since may still come here.
     if (_fact("Restarts", facts) or str(restarts)) != str(restarts):
-        raise NotRequeued(
-            f"Slurm has started job {job} again already: this start of it, number {restarts + 1}, is over"
-        )
+        return f"Slurm has started job {job} again already: this start of it, number {restarts + 1}, is over"
     # The ranks of a cancelled job leave with the same status, and Slurm would start it again if it were asked to.
     if (state := _fact("JobState", facts)) in _ENDING and not _ran_to_its_limit(facts):
-        raise NotRequeued(
-            f"job {job} was cancelled or preempted ({state}) and is not started again from here: {_REMEDY}"
-        )
+        return f"job {job} was cancelled or preempted ({state}) and is not started again from here: {_REMEDY}"
     if _fact("Requeue", facts) == "0":
-        raise NotRequeued(f"Slurm may not start job {job} again (--no-requeue, or the site's JobRequeue=0): {_REMEDY}")
-    try:
-        ask_slurm(["scontrol", "requeue", job], environ)
-    except SlurmRefusal as refusal:
-        raise NotRequeued(f"Slurm does not start job {job} again ({refusal}): {_REMEDY}") from None
-    return f"job {job} is requeued ({restarts + 1} of at most {config.max_requeues})"
+        return f"Slurm may not start job {job} again (--no-requeue, or the site's JobRequeue=0): {_REMEDY}"
+    return None
 
 
 def _fact(key: str, facts: str) -> str | None:

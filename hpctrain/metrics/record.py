@@ -20,9 +20,6 @@ from hpctrain.metrics.jsonfiles import to_json_value, write_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG_FILE = "config.yaml"
-RECORD_FILE = "record.json"
-LAUNCHES_FILE = "launches.jsonl"
 SCHEMA: Literal[1] = 1
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

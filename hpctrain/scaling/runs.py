@@ -12,7 +12,8 @@ from pathlib import Path
 from hpctrain.config.load import load_config
 from hpctrain.config.schema import Config
 from hpctrain.errors import UserError
-from hpctrain.metrics.record import CONFIG_FILE, RECORD_FILE, Record, read_record
+from hpctrain.metrics.layout import CONFIG_FILE, RECORD_FILE
+from hpctrain.metrics.record import Record, read_record
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hpctrain.errors import MachineError, UserError
+from hpctrain.metrics.layout import CHECKPOINT_PREFIX, checkpoint_name, list_checkpoints
 
 SCHEMA = 1
 _MANIFEST = "manifest.json"
-_PREFIX = "step-"
 
 TensorGroups = dict[str, dict[str, Tensor]]
 
@@ -45,11 +45,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     Those of later steps go too: the run went on from an older one, spoilt or left behind as they were, and they
     would be taken for newer than this. Raises MachineError when the disk refuses; others are untouched then.
     """
-    final = folder / f"{_PREFIX}{checkpoint.step:06d}"
+    final = folder / checkpoint_name(checkpoint.step)
     partial = folder / f".{final.name}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f".{_PREFIX}*.partial"):  # of a save that was killed
+        for leftover in folder.glob(f".{CHECKPOINT_PREFIX}*.partial"):  # of a save that was killed
             shutil.rmtree(leftover)
         partial.mkdir()
         _fill(partial, checkpoint)
@@ -67,14 +67,6 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             f"cannot write checkpoint {final}: {_reason(error)}; make room and go on with --resume auto"
         ) from error
     return final
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints below ``folder`` by name, newest first; their content is not looked at."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if path.name.startswith(_PREFIX) and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

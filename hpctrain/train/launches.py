@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.metrics.jsonfiles import DurableLog, read_log_if_any
-from hpctrain.metrics.record import LAUNCHES_FILE
+from hpctrain.metrics.layout import LAUNCHES_FILE
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
 

@@ -12,8 +12,9 @@ from hpctrain.comm.agree import on_rank_zero, raise_together
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import HpctrainError, UserError
 from hpctrain.gradients.residuals import gather_residuals, restore_residuals
+from hpctrain.metrics.layout import CHECKPOINTS, list_checkpoints
 from hpctrain.optim.state import load_optimizer_state, optimizer_state
-from hpctrain.train.checkpoint import Checkpoint, TensorGroups, list_checkpoints, load_checkpoint
+from hpctrain.train.checkpoint import Checkpoint, TensorGroups, load_checkpoint
 from hpctrain.train.parts import Parts
 from hpctrain.train.state import Progress
 
@@ -172,7 +173,7 @@ def find_checkpoint(path: Path) -> Path:
     """``path`` itself when it is a checkpoint, or the newest one of the run directory that it is."""
     if (path / "manifest.json").exists():
         return path
-    newest = list_checkpoints(path / "checkpoints")
+    newest = list_checkpoints(path / CHECKPOINTS)
     if not newest:
         raise UserError(
             f"{path} is neither a checkpoint nor a run directory with one; name a checkpoints/step-… folder"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from hpctrain.errors import MachineError, UserError
-from hpctrain.metrics.record import CONFIG_FILE, RECORD_FILE
+from hpctrain.metrics.layout import CHECKPOINTS, CONFIG_FILE, RECORD_FILE
 
 _LOCK_NAME = ".lock"
 #: A job that was stopped may take this long to die, after its launcher has ended and the next one begun.
@@ -55,7 +55,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def tensorboard(self) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 from hpctrain.data.types import Batch
 from hpctrain.errors import UserError
 from hpctrain.metrics.jsonfiles import DurableLog, read_log
-from hpctrain.train.checkpoint import list_checkpoints
+from hpctrain.metrics.layout import CHECKPOINTS, list_checkpoints, step_of
 from hpctrain.train.launches import Launch, read_launches
 
 FOLDER = "samples"
@@ -55,11 +55,11 @@ def samples_seen(run_dir: Path) -> dict[int, np.ndarray]:
     Counted are the steps that the newest checkpoint consists of, each once, however often it was done. A sample that
     could not be decoded is not counted, its stand-in is. Raises UserError where a step's samples are not known.
     """
-    newest = list_checkpoints(run_dir / "checkpoints")
+    newest = list_checkpoints(run_dir / CHECKPOINTS)
     if not newest:
         raise UserError(f"{run_dir} holds no checkpoint; name the folder of a run")
     launches = read_launches(run_dir)
-    owners = owner_of_steps(launches, int(newest[0].name.removeprefix("step-")))
+    owners = owner_of_steps(launches, step_of(newest[0]))
     told = np.zeros(len(owners), dtype=np.int64)
     counts: dict[int, np.ndarray] = {}
     for rank in range(max(launch.world_size for launch in owners) if owners else 0):

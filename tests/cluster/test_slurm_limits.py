@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from hpctrain.launch.exits import PREEMPTED
-from hpctrain.metrics.record import LAUNCHES_FILE
+from hpctrain.metrics.layout import LAUNCHES_FILE
 from hpctrain.train.launches import read_launches
 from hpctrain.train.samples import samples_seen
 from tests.cluster.slurm import Slurm

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from hpctrain.errors import MachineError, UserError
+from hpctrain.metrics.layout import list_checkpoints
 from hpctrain.train import checkpoint as module
-from hpctrain.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from hpctrain.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 
 def example(step: int) -> Checkpoint:

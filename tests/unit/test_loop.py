@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from hpctrain.errors import MachineError, UserError
+from hpctrain.metrics.layout import list_checkpoints
 from hpctrain.train import loop as module
 from hpctrain.train import saver
 from hpctrain.train.build import Feeds
-from hpctrain.train.checkpoint import list_checkpoints, load_checkpoint
+from hpctrain.train.checkpoint import load_checkpoint
 from hpctrain.train.saver import all_finite
 from hpctrain.train.state import Evaluation
 from tests.unit.small_runs import lines_of, recipe, run_here, run_on, saved_steps

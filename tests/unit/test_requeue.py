@@ -10,7 +10,7 @@ import pytest
 
 from hpctrain.config.launch import LaunchConfig
 from hpctrain.errors import UserError
-from hpctrain.launch.requeue import NotRequeued, requeue, requeue_after_fault
+from hpctrain.launch.requeue import NotRequeued, requeue
 from tests.unit.slurm_doubles import Double
 
 
@@ -18,9 +18,13 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     return {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "77", **more}
 
 
+def after_preemption(environ: dict[str, str], config: LaunchConfig | None = None) -> str:
+    return requeue(config or LaunchConfig(), environ, Path("not looked at"), 75)
+
+
 def not_requeued(folder: Path, config: LaunchConfig | None = None, **more: str) -> str:
     with pytest.raises(NotRequeued) as caught:
-        requeue(config or LaunchConfig(), environment(folder, **more))
+        after_preemption(environment(folder, **more), config)
     assert caught.value.exit_code == 75
     return str(caught.value)
 
@@ -28,7 +32,7 @@ def not_requeued(folder: Path, config: LaunchConfig | None = None, **more: str) 
 @pytest.mark.parametrize(("restarts", "number"), [({}, 1), ({"SLURM_RESTART_COUNT": "3"}, 4)])
 def test_a_job_is_started_again(tmp_path: Path, restarts: dict[str, str], number: int) -> None:
     scontrol = Double(tmp_path, "scontrol", stdout=f"JobId=77 Requeue=1 Restarts={number - 1}\n")
-    told = requeue(LaunchConfig(), environment(tmp_path, **restarts))
+    told = after_preemption(environment(tmp_path, **restarts))
     assert told == f"job 77 is requeued ({number} of at most 10)"
     assert scontrol.calls == [["show", "job", "--oneliner", "77"], ["requeue", "77"]]
 
@@ -69,7 +73,7 @@ def test_what_its_owner_or_slurm_has_ended_is_left_so(tmp_path: Path, state: str
 def test_a_job_that_ran_to_its_time_limit_is_started_again(tmp_path: Path) -> None:
     facts = "JobId=77 JobState=COMPLETING Requeue=1 RunTime=1-00:00:02 TimeLimit=1-00:00:00\n"
     scontrol = Double(tmp_path, "scontrol", stdout=facts)
-    assert requeue(LaunchConfig(), environment(tmp_path)).startswith("job 77 is requeued")
+    assert after_preemption(environment(tmp_path)).startswith("job 77 is requeued")
     assert scontrol.calls[-1] == ["requeue", "77"]
 
 
@@ -91,7 +95,7 @@ def test_an_arrays_next_task_goes_on(tmp_path: Path, task: str, told: str) -> No
 
 def test_outside_of_a_job_there_is_nothing_to_requeue(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape("there is no job to requeue (SLURM_JOB_ID is not set)")) as caught:
-        requeue(LaunchConfig(), {})
+        after_preemption({})
     assert caught.value.exit_code == 2
 
 
@@ -123,7 +127,7 @@ def run_of(folder: Path, *lines: dict[str, object], saved: int = 0) -> Path:
 
 def after_fault(folder: Path, run: Path, config: LaunchConfig | None = None, **more: str) -> str:
     environ = environment(folder, SLURM_JOB_NUM_NODES="4", **more)
-    return requeue_after_fault(config or LaunchConfig(), environ, run, 137)
+    return requeue(config or LaunchConfig(), environ, run, 137)
 
 
 PREEMPTED_AT_10 = {"launch": 0, "event": "end", "step": 10, "preempted": True}
