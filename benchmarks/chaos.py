@@ -201,31 +201,41 @@ def torment(slurm: Slurm, plan: list[tuple[int, Cause]], draw: random.Random, sc
     patience = [*overrides, "launch.max_requeues=100000"]
     started_s = time.monotonic()
     training = submit(slurm, config, *patience, nodes=NODES, tasks=1, env={"HPCTRAIN_ENGINE": "mpi"})
-    ordeal, kills = Ordeal(slurm, training, draw), []
+    kills = strike(Ordeal(slurm, training, draw), plan)
+    training.job.wait(LIMIT_S)
+    wall_s = time.monotonic() - started_s
+    return (
+        judge(training, alone, kills)
+        | {"steps": steps, "wall_s": wall_s, "alone_s": alone_s}
+        | {"traffic": {host.name: host.traffic()._asdict() for host in slurm.cluster.hosts}}
+    )
+
+
+def strike(ordeal: Ordeal, plan: list[tuple[int, Cause]]) -> list[Kill]:
+    """All of the plan, one after the other; a start is left alone until it has come past its first checkpoint."""
+    kills: list[Kill] = []
     for step, cause in plan:
         ordeal.wait_for_step(max(step, (kills[-1].resumed_step or 0) + GAP_STEPS[0]) if kills else step)
-        kills.append(ordeal.kill(cause))
-        print(
-            f"{len(kills):3}. {cause.name} on {kills[-1].node} at step {kills[-1].step}: {kills[-1].lost_s:.1f} s lost",
-            flush=True,
-        )
-    state = training.job.wait(LIMIT_S)
-    wall_s = time.monotonic() - started_s
-    bitwise = record_of(training.run)["parameters_sha256"] == record_of(alone)["parameters_sha256"]
+        kills.append(kill := ordeal.kill(cause))
+        print(f"{len(kills):3}. {cause.name} on {kill.node} at step {kill.step}: {kill.lost_s:.1f} s lost", flush=True)
+    return kills
+
+
+def judge(training: Training, alone: Path, kills: list[Kill]) -> dict[str, Any]:
+    """What has become of the training, which is over, beside the one that nothing happened to."""
+    record, facts = record_of(training.run), training.job.facts()
+    bitwise = record["parameters_sha256"] == record_of(alone)["parameters_sha256"]
     samples = compare_samples(samples_seen(training.run), samples_seen(alone))
-    by_hand = sum(kill.by_hand for kill in kills)
-    sound = state == "COMPLETED" and bitwise and samples["lost"] == samples["doubled"] == by_hand == 0
-    lost_s, facts = sum(kill.lost_s for kill in kills), training.job.facts()
+    by_hand, lost_s = sum(kill.by_hand for kill in kills), sum(kill.lost_s for kill in kills)
+    completed = facts["JobState"] == "COMPLETED"
     return {
-        "sentence": f"{len(kills)} kills survived, {by_hand} of them by hand, in {steps} steps; samples lost "
-        f"{samples['lost']}, doubled {samples['doubled']}; parameters {'equal' if bitwise else 'differ from'} those of "
-        f"the undisturbed run bit for bit; {lost_s / len(kills):.0f} s lost a kill",
-        "passed": sound,
-        "kills_survived": len(kills), "by_hand": by_hand, "steps": steps, "bitwise_equal": bitwise, "samples": samples,
-        "wall_s": wall_s, "alone_s": alone_s, "lost_s": lost_s, "by_cause": by_cause(kills),
-        "launch": record_of(training.run)["launch"],
+        "sentence": f"{len(kills)} kills survived, {by_hand} of them by hand; samples lost {samples['lost']}, "
+        f"doubled {samples['doubled']}; parameters {'equal' if bitwise else 'differ from'} those of the undisturbed "
+        f"run bit for bit; {lost_s / len(kills):.0f} s lost a kill",
+        "passed": completed and bitwise and samples["lost"] == samples["doubled"] == by_hand == 0,
+        "kills_survived": len(kills), "by_hand": by_hand, "bitwise_equal": bitwise, "samples": samples,
+        "lost_s": lost_s, "by_cause": by_cause(kills), "launch": record["launch"],
         "slurm": {key: facts[key] for key in ("JobState", "Restarts", "NodeList", "SubmitTime", "EndTime")},
-        "traffic": {host.name: host.traffic()._asdict() for host in slurm.cluster.hosts},
         "kills": [asdict(kill) for kill in kills],
     }  # fmt: skip
 
