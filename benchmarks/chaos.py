@@ -36,6 +36,7 @@ from hpctrain.metrics.provenance import Provenance
 from hpctrain.train.launches import read_launches
 from hpctrain.train.samples import samples_seen
 from tests.cluster.slurm import Slurm, slurm_obstacle
+from tests.cluster.slurm_job import ENDED
 from tests.cluster.training import Training, digits_config, kill_ranks, record_of, submit, train_alone
 
 NODES, RATE = 2, "200mbit"
@@ -118,15 +119,20 @@ class Ordeal:
         by_hand, resumed = False, None
         if cause.restarts:
             self._until(lambda: job.state != "RUNNING" or job.restarts > restarts, marks, f"notice: {cause.name}")
-            if by_hand := job.state == "FAILED":
+            self._until(lambda: self._is_back(restarts) or job.state in ENDED, [], "start again or end")
+            if by_hand := job.state in ENDED:
                 job.requeue()
-            self._until(lambda: job.restarts > restarts and job.state == "RUNNING", marks, "start again")
+            self._until(lambda: self._is_back(restarts), marks, "start again")
             self._until(lambda: len(read_launches(self._training.run)) > launches, marks, "go on")
             resumed = read_launches(self._training.run)[-1].step
         self._until(lambda: self.last_step() > step, marks, f"pass step {step}")
         parts = [after - before for before, after in pairwise(marks)] if cause.restarts else 4 * [None]
         cause.repair(self._slurm, node)
         return Kill(cause.name, node, step, resumed, *parts, marks[-1] - marks[0] - step_s, by_hand)
+
+    def _is_back(self, restarts: int) -> bool:
+        """Whether the job runs, having been started again since it had ``restarts``."""
+        return self._job.restarts > restarts and self._job.state == "RUNNING"
 
     def last_step(self) -> int:
         """The newest whole line of steps.jsonl."""
@@ -236,6 +242,7 @@ def judge(training: Training, alone: Path, kills: list[Kill]) -> dict[str, Any]:
         "kills_survived": len(kills), "by_hand": by_hand, "bitwise_equal": bitwise, "samples": samples,
         "lost_s": lost_s, "by_cause": by_cause(kills), "launch": record["launch"],
         "slurm": {key: facts[key] for key in ("JobState", "Restarts", "NodeList", "SubmitTime", "EndTime")},
+        "sacct": training.job.sacct("JobIDRaw", "State", "NodeList", "Elapsed", "ExitCode"),
         "kills": [asdict(kill) for kill in kills],
     }  # fmt: skip
 
@@ -251,7 +258,10 @@ def main() -> int:
     draw = random.Random(asked.seed)
     plan = schedule(asked.kills, draw)
     provenance = Provenance([])
-    with Slurm(num_nodes=4, tasks_per_node=2, rate=RATE) as slurm, tempfile.TemporaryDirectory() as scratch:
+    with (
+        Slurm(num_nodes=4, tasks_per_node=2, rate=RATE, accounting=True) as slurm,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         record = torment(slurm, plan, draw, Path(scratch))
     return conclude(record | {"seed": asked.seed, "rate": RATE, "provenance": provenance.to_record()}, asked.json)
 
