@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -79,9 +80,7 @@ class RunDirectory:
         except BlockingIOError as error:
             holder = _holder(lock)
             lock.close()
-            raise UserError(
-                f"run directory {self.path} is in use by {holder}; wait for that job or give another --run-dir"
-            ) from error
+            raise in_use(self.path, holder) from error
         except OSError as error:
             lock.close()
             raise MachineError(f"cannot lock the run directory {self.path}: {error.strerror}") from error
@@ -99,6 +98,25 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def held_by_another(path: Path) -> str | None:
+    """Who trains in the run directory ``path``, or None; an earlier start of this Slurm job does not count.
+
+    Nothing is waited for, made or written. Where there is no file to lock, or no locks, nobody holds it.
+    """
+    with suppress(OSError), open(path / _LOCK_NAME) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder, of_this_job = _holder(lock), _of_this_job()
+            return None if of_this_job and holder.endswith(of_this_job) else holder
+    return None
+
+
+def in_use(path: Path, holder: str) -> UserError:
+    """What a second job on the run directory ``path`` is told."""
+    return UserError(f"run directory {path} is in use by {holder}; wait for that job or give another --run-dir")
 
 
 def _of_this_job() -> str:

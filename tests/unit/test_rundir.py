@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import threading
 from pathlib import Path
 
 import pytest
 
 from hpctrain.errors import MachineError, UserError
-from hpctrain.train.rundir import RunDirectory, default_run_dir
+from hpctrain.train.rundir import RunDirectory, default_run_dir, held_by_another
 
 
 def test_second_job_is_refused_until_the_first_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +37,21 @@ def test_an_earlier_start_of_the_same_job_is_waited_for(tmp_path: Path, monkeypa
     with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on host \S+ of job 77; wait for that job"):
         first.open(earlier_start_s=60)
     second.close()
+
+
+def test_who_trains_in_a_run_directory_can_be_asked_without_touching_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    run = RunDirectory(tmp_path / "run")
+    assert held_by_another(run.path) is None and not run.path.exists()
+    run.open()
+    assert held_by_another(run.path) is None
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    holder = f"process {os.getpid()} on host {socket.gethostname()} of job 77"
+    assert held_by_another(run.path) == holder == (run.path / ".lock").read_text().strip()
+    run.close()
+    assert held_by_another(run.path) is None
 
 
 def test_not_writable(tmp_path: Path) -> None:
