@@ -67,7 +67,7 @@ def train(
 
     settings = load_config(config, overrides or [])
     # From here on, since the imports take seconds in which a signal would end the process without a word.
-    with Requests(() if dry_run else settings.launch.signals) as requests:
+    with Requests(None if dry_run else settings.launch.signals) as requests:
         with ended_by_interrupt():
             from hpctrain.train.main import print_plan, train_command
 

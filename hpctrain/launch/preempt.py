@@ -9,28 +9,41 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from datetime import datetime
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.timelimit import TimeLimit
+
+#: passed on to every rank by job scripts and launchers; each would end a process that does not expect it
+_FORWARDED = ("USR1", "USR2")
 
 
 class Requests:
-    """Listens to ``signals`` ("USR1", "TERM"…) from its making to the end of its ``with`` block.
+    """Listens to ``signals`` ("USR1", "TERM"…) from its making to the end of its ``with`` block; None leaves all as
+    they are.
 
     A handler notes the signal and does nothing else; the first one counts. ``limit`` is the end of the job's time
     where it is known. Only the main thread may make one that listens.
+
+    Signals that are not listed: USR1 and USR2, which mean nothing else to a rank, are ignored. TERM ends this process
+    at once, without a checkpoint, until the ranks have agreed to stop (``agreed``). INT is never touched: who types
+    Ctrl-C does not wait for a checkpoint.
     """
 
-    def __init__(self, signals: Sequence[str] = ()) -> None:
+    def __init__(self, signals: Sequence[str] | None = None) -> None:
         self.limit: TimeLimit | None = None
         self._caught: str | None = None
+        self._agreed = False
         self._before: dict[signal.Signals, Any] = {}
-        for number in (signal.Signals[f"SIG{name}"] for name in signals):
-            self._before[number] = signal.signal(number, self._note)
-            # System calls of libraries in this thread are not to fail because a flag was set.
-            signal.siginterrupt(number, False)
+        if signals is not None:
+            for name in {*_FORWARDED, *signals}:
+                self._set(signal.Signals[f"SIG{name}"], self._note if name in signals else signal.SIG_IGN)
+
+    def _set(self, number: signal.Signals, handler: Any) -> None:
+        before = signal.signal(number, handler)
+        self._before.setdefault(number, before)
+        # System calls of libraries in this thread are not to fail because a flag was set.
+        signal.siginterrupt(number, False)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._caught = self._caught or signal.Signals(number).name
@@ -43,12 +56,22 @@ class Requests:
             return f"the job's time limit, {datetime.fromtimestamp(self.limit.end_s):%Y-%m-%d %H:%M:%S},"
         return None
 
+    def agreed(self) -> None:
+        """Ignore all requests, and SIGTERM in any case, to the end of this process: the ranks stop now.
+
+        srun sends SIGTERM to the ranks that are still there when the first has left, which must not turn their status
+        into 143; and where Slurm is ending the job, the last checkpoint has the time until SIGKILL, its KillWait.
+        """
+        self._agreed = True
+        if self._before:
+            for number in {*self._before, signal.SIGTERM}:
+                self._set(number, signal.SIG_IGN)
+
     def __enter__(self) -> Requests:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Give the signals their former meaning. After a preemption they are ignored instead: srun sends SIGTERM to
-        the other tasks when the first has left, and the interpreter's end must not turn their status into 143."""
-        preempted = isinstance(error, SystemExit) and error.code == PREEMPTED
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if preempted else handler)
+    def __exit__(self, *_: object) -> None:
+        """Give the signals their former meaning, unless the ranks have agreed to stop."""
+        if not self._agreed:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)

@@ -74,7 +74,7 @@ class _Launch:
     """One taking-up of a run: its entry in the list of launches, its logs of samples, and how it is left."""
 
     def __init__(self, loop: Loop, feeds: Feeds, display: Display, requests: Requests) -> None:
-        self._loop, self._feeds, self._display = loop, feeds, display
+        self._loop, self._feeds, self._display, self._requests = loop, feeds, display, requests
         self._launches = Launches(loop.run.path)
         comm, progress, plan = loop.parts.comm, loop.progress, loop.parts.plan
         on_rank_zero(comm, loop.run.forget_record)
@@ -84,7 +84,7 @@ class _Launch:
             loop.saver.samples = SampleLog(loop.run.path, comm.rank, self._number)
             loop.batches = loop.saver.samples.noting(loop.batches, progress.step, plan.accumulation)
         if comm.rank == 0:
-            self._respect_time_limit(requests)
+            self._respect_time_limit()
 
     def go(self, notes: dict[str, Any], provenance: Provenance, title: str) -> bool:
         """Train; whether the run is finished. Collective."""
@@ -92,6 +92,7 @@ class _Launch:
         try:
             reason = loop.train()
         except Stopped as stopped:
+            self._requests.agreed()
             self._end(stopped.reason, preempted=True)
             step = loop.progress.step
             where = f"after step {step}, its checkpoint is written" if step else "before the first step"
@@ -122,7 +123,7 @@ class _Launch:
             "checkpoint": self._loop.saver.to_record(),
         }
 
-    def _respect_time_limit(self, requests: Requests) -> None:
+    def _respect_time_limit(self) -> None:
         """Let the end of the job's time ask for the last checkpoint, where that leaves time to train."""
         end_s = job_end_s(os.environ)
         if end_s is None:
@@ -137,7 +138,7 @@ class _Launch:
                 "checkpoint: only a signal will ask for one"
             )
             return
-        requests.limit = limit
+        self._requests.limit = limit
         self._display.message(f"the job's time limit is {end}: the last checkpoint begins within {limit.left_s:.0f} s")
 
 

@@ -18,6 +18,8 @@ from hpctrain.launch.timelimit import TimeLimit
 from hpctrain.train import loop, run
 from hpctrain.train.build import Feeds
 from hpctrain.train.launches import read_launches
+from hpctrain.train.saver import Saver
+from hpctrain.train.state import Progress
 from tests.unit.small_runs import command, record_of, saved_steps, write_recipe
 
 NUMBERS = {"USR1": signal.SIGUSR1, "USR2": signal.SIGUSR2, "TERM": signal.SIGTERM}
@@ -44,17 +46,37 @@ def test_a_signal_is_a_flag(name: str) -> None:
     assert signal.getsignal(NUMBERS[name]) == before
 
 
-def test_signals_not_named_keep_their_meaning() -> None:
-    before = signal.getsignal(signal.SIGUSR2)
-    with Requests(["USR1"]):
-        assert signal.getsignal(signal.SIGUSR2) == before
+@pytest.mark.parametrize("listed", [[], ["TERM"], ["USR2"]])
+def test_usr1_and_usr2_that_are_not_listed_are_ignored(listed: list[str]) -> None:
+    """A job script passes them on whatever is listed; by default each would end the process."""
+    before = {number: signal.getsignal(number) for number in NUMBERS.values()}
+    with Requests(listed) as requests:
+        for name in {"USR1", "USR2"} - set(listed):
+            os.kill(os.getpid(), NUMBERS[name])
+        assert requests.asked() is None
+        if "TERM" not in listed:
+            assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+    assert {number: signal.getsignal(number) for number in NUMBERS.values()} == before
 
 
-def test_after_a_preemption_signals_are_ignored() -> None:
+def test_without_a_list_signals_keep_their_meaning() -> None:
+    before = {number: signal.getsignal(number) for number in NUMBERS.values()}
+    with Requests() as requests:
+        requests.agreed()
+        assert {number: signal.getsignal(number) for number in NUMBERS.values()} == before
+
+
+@pytest.mark.parametrize("listed", [[], ["USR1"], ["USR1", "USR2", "TERM"]])
+def test_once_the_ranks_have_agreed_signals_are_ignored(listed: list[str]) -> None:
     """Slurm ends the other tasks when the first has left; that must not change their exit status."""
-    with pytest.raises(SystemExit), Requests(["TERM"]):
-        raise SystemExit(PREEMPTED)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    interrupt = signal.getsignal(signal.SIGINT)
+    with Requests(listed) as requests:
+        requests.agreed()
+        for number in NUMBERS.values():
+            os.kill(os.getpid(), number)
+    for number in NUMBERS.values():
+        assert signal.getsignal(number) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == interrupt
 
 
 def test_the_end_of_the_jobs_time_asks_too() -> None:
@@ -94,6 +116,27 @@ def test_a_run_that_is_asked_to_end_goes_on_later_bit_for_bit(tmp_path: Path, mo
     assert (record["launch"]["restarts"], record["launch"]["preemptions"]) == (1, 1)
     assert [launch.step for launch in read_launches(tmp_path / "run")] == [0, 13]
     assert set(record["launch"]["checkpoint"]) == {"every_s", "write_s", "exposed_s"}
+
+
+def test_a_term_that_is_not_listed_does_not_spoil_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun sends it to the ranks that leave after the first; here it comes while the last checkpoint is written."""
+    config = write_recipe(tmp_path / "small.yaml", launch={"signals": ["USR2"]})
+    original = Saver.save
+
+    def save(saver: Saver, progress: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(saver, progress)
+
+    def ask() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        monkeypatch.setattr(Saver, "save", save)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    at_step(monkeypatch, 5, ask)
+    done = command("train", config, "--run-dir", tmp_path / "run")
+    assert done.code == 75
+    assert "stopped by SIGUSR2, after step 6" in done.out
+    assert saved_steps(tmp_path / "run") == [6]
 
 
 def test_a_signal_before_the_first_step_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
