@@ -14,6 +14,9 @@ from hpctrain.cli.options import ConfigPath, Overrides
 def submit(
     config: ConfigPath,
     nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="-- SBATCH-OPTION", help="options that sbatch is given as they are")
+    ] = None,
     overrides: Overrides = None,
     gpus_per_node: Annotated[
         int | None, typer.Option(min=0, help="GPUs of a node, and ranks on it (default: all that the site has)")
@@ -23,8 +26,9 @@ def submit(
     array: Annotated[
         str | None, typer.Option(metavar="0-9%1", help="tasks that take turns, where a site forbids requeueing")
     ] = None,
-    time: Annotated[
-        str | None, typer.Option(metavar="TIME", help="limit of one start, as Slurm writes it (default: the site's)")
+    time_limit: Annotated[
+        str | None,
+        typer.Option("--time", metavar="TIME", help="time limit of each start of the job (default: the site's)"),
     ] = None,
     site: Annotated[
         Path | None, typer.Option("--site", metavar="FILE", help="what the cluster gives (default: $HPCTRAIN_SITE)")
@@ -35,13 +39,17 @@ def submit(
     """Submit the training of CONFIG as a Slurm job, by the script slurm/train.sbatch.
 
     What the site cannot give is refused. A job that is preempted goes on by itself, in the same run directory.
-    """
-    from hpctrain.launch.submit import Request, prepare
-    from hpctrain.launch.submit import submit as send
 
-    request = Request(nodes, gpus_per_node, tasks_per_node, engine, array, time, job_name)
+    Other options of sbatch stand behind --, each as one word:
+    `hpctrain submit configs/imagenet.yaml --nodes 4 -- --exclude=n3 --mail-user=me@example.org`
+    """
+    from hpctrain.launch.resources import Request
+    from hpctrain.launch.submit import prepare
+    from hpctrain.launch.submit import submit as submit_job
+
+    request = Request(nodes, gpus_per_node, tasks_per_node, engine, array, time_limit, job_name, tuple(more or ()))
     submission = prepare(config, overrides or [], request, site, os.environ)
-    typer.echo(submission.text() if dry_run else send(submission, os.environ))
+    typer.echo(submission.text() if dry_run else submit_job(submission, os.environ))
 
 
 def requeue(

@@ -18,6 +18,7 @@ from hpctrain.config.load import load_config
 from hpctrain.config.schema import Config
 from hpctrain.errors import UserError
 from hpctrain.launch.durations import seconds_of
+from hpctrain.launch.resources import Request, resources
 from hpctrain.launch.site import RUN_DIR, RUNS, SITE, Site, load_site
 from hpctrain.launch.slurm import SlurmRefusal, ask_slurm
 
@@ -27,24 +28,21 @@ _SCRIPT = Path("slurm", "train.sbatch")
 _OUTER = re.compile(
     r"SLURM_(JOB|STEP|TASK|NODE|CPU|GPU|MEM|TRES|NTASKS|NNODES|NPROCS|PROCID|LOCALID|ARRAY|RESTART|DISTRIBUTION|HINT)"
 )
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for on the command line; None where it was silent."""
-
-    nodes: int
-    gpus_per_node: int | None = None
-    tasks_per_node: int | None = None
-    engine: str | None = None
-    array: str | None = None
-    time: str | None = None
-    job_name: str | None = None
+#: The one form in which a word cannot be taken for another option's value, nor for the script.
+_OPTION = re.compile(r"--(?P<name>[a-zA-Z][\w-]*)(=.*)?", re.ASCII | re.DOTALL)
+#: Options of sbatch that the checks, the script or what is told of the job rely on.
+_DECIDED = (
+    *("nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "cpus-per-task", "cpus-per-gpu", "gres", "gpus"),
+    *("gpus-per-node", "gpus-per-task", "time", "array", "signal", "requeue", "no-requeue", "job-name", "output"),
+    *("export", "chdir", "parsable", "wait", "wrap", "test-only"),
+)
 
 
 @dataclass(frozen=True)
 class Submission:
-    """An `sbatch` line. ``log`` and ``run_dir`` have ``{job}`` where the job's id belongs."""
+    """An `sbatch` line. In ``log`` and ``run_dir`` %j stands for the job's id, and %% for a percent sign, as Slurm has
+    it; so do %A and %a for those of an array and of its task, the first of which is ``first_task``.
+    """
 
     argv: tuple[str, ...]
     environment: dict[str, str]
@@ -52,24 +50,7 @@ class Submission:
     runs: Path
     log: str
     run_dir: str
-
-    def send(self, environ: Mapping[str, str]) -> str:
-        """Submit it; the job's id. Raises UserError where Slurm refuses."""
-        try:
-            self.runs.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"the folder of runs {self.runs} cannot be made ({error.strerror}): set {RUNS} to one that can"
-            ) from error
-        try:
-            told = ask_slurm(self.argv, {**environ, **self.environment})
-        except SlurmRefusal as refusal:
-            raise UserError(
-                f"Slurm refuses the job ({refusal}): change the option, or the key of {self.environment[SITE]}, "
-                "that it names"
-            ) from None
-        # With several clusters it is id;cluster.
-        return told.strip().partition(";")[0]
+    first_task: str
 
     def text(self) -> str:
         """What a person would type, and the script it starts."""
@@ -93,34 +74,49 @@ def prepare(
     script = _find_script(environ)
     runs = _runs(site, environ)
     stem = config_path.stem
-    safe_stem = re.sub(r"[^\w.+-]", "_", stem, flags=re.ASCII)
-    # Of an array's logs the first task's is told.
-    ids = ("%A_%a", f"{{job}}_{re.split('[-,%]', request.array)[0]}") if request.array else ("%j", "{job}")
-    log = str(runs / f"{safe_stem}-").replace("%", "%%")
+    log = _escaped(str(runs / re.sub(r"[^\w.+-]", "_", stem, flags=re.ASCII))) + f"-{_log_ids(request)}.log"
     options = {
-        **_resources(site, request, config),
+        **resources(site, request, config),
         "job-name": request.job_name or stem,
-        "output": f"{log}{ids[0]}.log",
+        "output": log,
         "signal": _signal(config, request, site),
         "export": "ALL",
     }
-    switches = ["--parsable", "--requeue" if site.requeue == "yes" else "--no-requeue"]
+    switches = ["--parsable", _requeue(config, request, site)]
     sets = [word for override in overrides for word in ("--set", override)]
     asked = [f"--{name}={value}" for name, value in options.items() if value is not None]
     return Submission(
-        ("sbatch", *switches, *asked, str(script), str(config_path), *sets),
+        ("sbatch", *switches, *asked, *_more(request.more), str(script), str(config_path), *sets),
         {SITE: str(site.path.absolute()), HOME: str(script.parent.parent)},
         script,
         runs,
-        _braces(str(runs / f"{safe_stem}-")) + f"{ids[1]}.log",
-        _braces(environ[RUN_DIR]) if environ.get(RUN_DIR) else _braces(str(runs / f"{stem}-")) + "{job}",
+        log,
+        _escaped(environ[RUN_DIR]) if environ.get(RUN_DIR) else _escaped(str(runs / stem)) + "-%j",
+        re.split("[-,%]", request.array or "")[0],
     )
 
 
 def submit(submission: Submission, environ: Mapping[str, str]) -> str:
-    """Send it, and what the user wants to know next, as text."""
-    job = submission.send(environ)
-    log, run_dir = (text.format(job=job) for text in (submission.log, submission.run_dir))
+    """Submit it, and what the user wants to know next, as text. Raises UserError where Slurm refuses."""
+    try:
+        submission.runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the folder of runs {submission.runs} cannot be made ({error.strerror}): set {RUNS} to one that can"
+        ) from error
+    try:
+        told = ask_slurm(submission.argv, {**environ, **submission.environment})
+    except SlurmRefusal as refusal:
+        raise UserError(
+            f"Slurm refuses the job ({refusal}): change the option, or the key of {submission.environment[SITE]}, "
+            "that it names"
+        ) from None
+    # With several clusters it is id;cluster.
+    job = told.strip().partition(";")[0]
+    ids = {"%j": job, "%A": job, "%a": submission.first_task, "%%": "%"}
+    log, run_dir = (
+        re.sub("%[jAa%]", lambda found: ids[found[0]], path) for path in (submission.log, submission.run_dir)
+    )
     return (
         f"job            {job}\nrun directory  {run_dir}\nlog            {log}\n"
         f"follow         tail -F {shlex.quote(log)}\nstate          squeue --job {job}\nend it         scancel {job}"
@@ -131,7 +127,7 @@ def _refuse_outer_allocation(environ: Mapping[str, str]) -> None:
     if left_over := sorted(name for name in environ if _OUTER.match(name)):
         raise UserError(
             f"this shell has the variables of another allocation ({left_over[0]}={environ[left_over[0]]}), which the "
-            "job would take for its own: submit from a login shell, or `unset ${!SLURM_@}` first"
+            f"job would take for its own: submit from a login shell, or `unset {' '.join(left_over)}` first"
         )
 
 
@@ -154,98 +150,52 @@ def _runs(site: Site, environ: Mapping[str, str]) -> Path:
     return Path(os.path.abspath(runs))
 
 
-def _resources(site: Site, request: Request, config: Config) -> dict[str, str | int | None]:
-    """sbatch's options for nodes, ranks, cores, GPUs, memory and time, checked against what the site gives."""
-    gpus, tasks = _gpus_and_tasks(site, request, config)
-    _check_size(site, request, tasks, config)
-    cores = site.need("cores_per_node")
-    if tasks > cores:
-        raise UserError(f"{tasks} ranks a node are more than its {cores} cores ({site.path}): ask for fewer")
-    # With a part of a node's GPUs goes as large a part of the rest: others may use it, and rates stay comparable.
-    whole = site.gpus_per_node if gpus and site.gpus_per_node else tasks
-    return {
-        "nodes": request.nodes,
-        "ntasks-per-node": tasks,
-        "cpus-per-task": max(1, cores // whole),
-        "gres": f"gpu:{gpus}" if gpus and site.gres == "gres" else None,
-        "gpus-per-node": gpus if gpus and site.gres == "gpus" else None,
-        "mem": _share(site.memory_per_node, tasks, whole) if site.memory_per_node else None,
-        "partition": site.partition,
-        "account": site.account,
-        "qos": site.qos,
-        "time": request.time or site.max_time,
-        "array": request.array,
-    }
+def _escaped(path: str) -> str:
+    """``path`` as a part of Slurm's pattern that stands for itself."""
+    return path.replace("%", "%%")
 
 
-def _share(memory: str, part: int, whole: int) -> str:
-    """``part`` of ``whole`` of a size that Slurm reads, whose plain numbers are MiB."""
-    if part == whole:
-        return memory
-    size, unit = re.fullmatch(r"(\d+)([KMGT]?)", memory, re.ASCII).groups()  # type: ignore[union-attr]  # as Site checks
-    return f"{int(size) * 1024 ** ' KMGT'.index(unit or 'M') * part // whole // 1024}K"
+def _log_ids(request: Request) -> str:
+    return "%A_%a" if request.array else "%j"
 
 
-def _gpus_and_tasks(site: Site, request: Request, config: Config) -> tuple[int, int]:
-    """GPUs and ranks of a node: one rank a GPU, or without GPUs as many ranks as asked for."""
-    if site.need("gres") == "none":
-        if request.gpus_per_node or config.train.device == "cuda":
-            asked = "train.device=cuda" if not request.gpus_per_node else f"--gpus-per-node {request.gpus_per_node}"
-            raise UserError(f"{site.path} is a site without GPUs, but {asked}: leave it out, or choose another --site")
-        if request.tasks_per_node is None:
-            raise UserError(f"{site.path} is a site without GPUs: say how many ranks a node has with --tasks-per-node")
-        return 0, request.tasks_per_node
-    there = site.need("gpus_per_node")
-    gpus = there if request.gpus_per_node is None else request.gpus_per_node
-    if not 1 <= gpus <= there:
+def _requeue(config: Config, request: Request, site: Site) -> str:
+    if site.requeue == "yes":
+        return "--requeue"
+    if request.array is None and config.launch.max_requeues > 0:
         raise UserError(
-            f"--gpus-per-node is {gpus}, but a node of {site.path} has {there}: ask for 1 to {there}, and for more "
-            "with --nodes"
+            f"{site.path} forbids requeueing (HPCTRAIN_REQUEUE=no), so a job that is preempted would not go on: have "
+            "tasks take turns with --array 0-9%1, or do without with --set launch.max_requeues=0"
         )
-    if request.tasks_per_node not in (None, gpus):
-        raise UserError(
-            f"--tasks-per-node is {request.tasks_per_node}, but each rank has a GPU of its own, and a node {gpus}: "
-            "leave --tasks-per-node out"
-        )
-    return gpus, gpus
+    return "--no-requeue"
 
 
-def _check_size(site: Site, request: Request, tasks: int, config: Config) -> None:
-    if site.max_nodes is not None and request.nodes > site.max_nodes:
-        raise UserError(
-            f"--nodes is {request.nodes}, but {site.path} gives a job at most {site.max_nodes} (HPCTRAIN_MAX_NODES): "
-            "ask for fewer"
-        )
-    if config.comm.engine == "serial" and request.nodes * tasks > 1:
-        raise UserError(
-            f"the serial engine is one process, but {request.nodes} x {tasks} ranks were asked for: set --engine to "
-            "horovod, mpi or torch"
-        )
-    if request.array is not None and not re.fullmatch(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*%1", request.array):
-        raise UserError(
-            f"--array is {request.array!r}, but its tasks take turns in one run directory: write it as 0-9%1, with %1 "
-            "for one at a time"
-        )
-    limit = seconds_of(site.max_time, "HPCTRAIN_MAX_TIME") if site.max_time else math.inf
-    if request.time is not None and seconds_of(request.time, "--time") > limit:
-        raise UserError(
-            f"--time is {request.time}, but {site.path} gives a job at most {site.max_time} (HPCTRAIN_MAX_TIME): "
-            "ask for less; a longer training goes on in the next job"
-        )
-
-
-def _signal(config: Config, request: Request, site: Site) -> str | None:
+def _signal(config: Config, request: Request, site: Site) -> str:
     """The warning ``launch.margin_s`` before the time limit, for ranks that cannot tell when their time is up."""
     lead_s = math.ceil(config.launch.margin_s)
-    limit = request.time or site.max_time
+    limit = request.time_limit or site.max_time
     if limit is not None and seconds_of(limit, "--time") <= lead_s:
         raise UserError(
             f"a job of {limit} would be over before it trains, since its last {lead_s} s are kept for the checkpoint "
             "(launch.margin_s): give it more --time"
         )
-    return f"B:{config.launch.signals[0]}@{lead_s}" if config.launch.signals else None
+    # Without an option the script's own #SBATCH line would hold; SIGURG is ignored by whoever does not ask for it.
+    return f"B:{config.launch.signals[0] if config.launch.signals else 'URG'}@{lead_s}"
 
 
-def _braces(text: str) -> str:
-    """``text`` so that str.format leaves it as it is."""
-    return text.replace("{", "{{").replace("}", "}}")
+def _more(words: Sequence[str]) -> Sequence[str]:
+    """``words``, options for sbatch as the user gave them. Raises UserError for one that would undo submit's own."""
+    for word in words:
+        option = _OPTION.fullmatch(word)
+        if option is None:
+            raise UserError(
+                f"{word!r} is no option for sbatch: write one as --NAME or --NAME=VALUE behind --, and a change to the "
+                "configuration as --set KEY=VALUE"
+            )
+        # sbatch takes the beginning of a name for the name.
+        if any(decided.startswith(option["name"]) for decided in _DECIDED):
+            raise UserError(
+                f"{word!r} behind -- would undo what submit decides: use its own options (hpctrain submit --help), the "
+                "site file or the configuration"
+            )
+    return words

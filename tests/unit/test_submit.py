@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from hpctrain.cli import main
 from hpctrain.errors import MachineError, UserError
-from hpctrain.launch.submit import Request, Submission, prepare, submit
+from hpctrain.launch.resources import Request
+from hpctrain.launch.submit import Submission, prepare, submit
 from tests.unit.slurm_doubles import Double
 
 GPU_SITE = """
@@ -53,6 +54,12 @@ def prepared(
     return prepare(Path(config), overrides, request, site and Path(site), {**os.environ, **environ})
 
 
+def told_of(here: Path, submission: Submission, job: str) -> str:
+    """What is said when Slurm has taken it as ``job``."""
+    Double(here / "bin", "sbatch", stdout=f"{job}\n")
+    return submit(submission, os.environ)
+
+
 def refusal(request: Request, *overrides: str, site: str | None = "gpu.env", **environ: str) -> str:
     with pytest.raises(UserError) as caught:
         prepared(request, *overrides, site=site, **environ)
@@ -61,7 +68,7 @@ def refusal(request: Request, *overrides: str, site: str | None = "gpu.env", **e
 
 
 def test_the_line_on_a_gpu_site(here: Path) -> None:
-    submission = prepared(Request(4, time="12:00:00", engine="torch"), "train.epochs=3")
+    submission = prepared(Request(4, time_limit="12:00:00", engine="torch"), "train.epochs=3")
     assert submission.argv == (
         *("sbatch", "--parsable", "--requeue"),
         *("--nodes=4", "--ntasks-per-node=8", "--cpus-per-task=14", "--gres=gpu:8", "--mem=480G"),
@@ -95,25 +102,70 @@ def test_an_array_takes_turns_in_one_run_directory(here: Path) -> None:
     (here / "gpu.env").write_text(f"{GPU_SITE}HPCTRAIN_REQUEUE=no\n")
     submission = prepared(Request(1, array="3-9%1"))
     assert {"--array=3-9%1", "--no-requeue", f"--output={here}/runs/small-%A_%a.log"} < set(submission.argv)
-    assert submission.run_dir.format(job="7") == f"{here}/runs/small-7"
-    assert submission.log.format(job="7") == f"{here}/runs/small-7_3.log"
+    told = told_of(here, submission, "7")
+    assert f"run directory  {here}/runs/small-7\nlog            {here}/runs/small-7_3.log\n" in told
 
 
 def test_the_warning_follows_the_configuration(here: Path) -> None:
     asked = prepared(Request(1), "launch.signals=[TERM]", "launch.margin_s=99.5").argv
     assert "--signal=B:TERM@100" in asked
-    assert not [word for word in prepared(Request(1), "launch.signals=[]").argv if word.startswith("--signal")]
+
+
+def test_without_signals_slurm_sends_one_that_nobody_notices(here: Path) -> None:
+    """No option at all would leave the script's own `#SBATCH --signal` in force, which the ranks would die of."""
+    assert "--signal=B:URG@60" in prepared(Request(1), "launch.signals=[]").argv
+    script = "trap 'echo noticed' USR1; kill -URG $$; echo on"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "on\n"
+
+
+def test_where_requeueing_is_forbidden_somebody_has_to_say_how_to_go_on(here: Path) -> None:
+    (here / "gpu.env").write_text(f"{GPU_SITE}HPCTRAIN_REQUEUE=no\n")
+    assert refusal(Request(1)) == (
+        "gpu.env forbids requeueing (HPCTRAIN_REQUEUE=no), so a job that is preempted would not go on: have tasks take "
+        "turns with --array 0-9%1, or do without with --set launch.max_requeues=0"
+    )
+    assert "--no-requeue" in prepared(Request(1), "launch.max_requeues=0").argv
 
 
 def test_the_site_may_come_from_the_environment(here: Path) -> None:
     submission = prepared(Request(1), site=None, HPCTRAIN_SITE="gpu.env", HPCTRAIN_RUNS="elsewhere")
     assert submission.environment["HPCTRAIN_SITE"] == f"{here}/gpu.env"
-    assert submission.run_dir.format(job="7") == f"{here}/elsewhere/small-7"
+    assert f"run directory  {here}/elsewhere/small-7\n" in told_of(here, submission, "7")
 
 
 def test_a_run_directory_that_is_there_can_be_named(here: Path) -> None:
-    submission = prepared(Request(1), HPCTRAIN_RUN_DIR="runs/small-3{x}")
-    assert submission.run_dir.format(job="7") == "runs/small-3{x}"
+    submission = prepared(Request(1), HPCTRAIN_RUN_DIR="runs/small-3{x}%j%%")
+    assert "run directory  runs/small-3{x}%j%%\n" in told_of(here, submission, "7")
+
+
+OPTIONS = ("--exclude=n3", "--constraint=a100&ib", "--reservation=x", "--exclusive", "--mail-user=me@x", "--time-min=5")
+
+
+def test_other_options_of_sbatch_stand_before_the_script(here: Path) -> None:
+    argv = prepared(Request(1, more=OPTIONS)).argv
+    before, script = argv[: -len(OPTIONS) - 2], argv[-2:]
+    assert argv == (*before, *OPTIONS, *script)
+    assert before == prepared(Request(1)).argv[:-2]
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["--nodes=2", "--nodes", "--gres=gpu:1", "--time=5", "--tim=5", "--array=0-3", "--signal=INT", "--export=NONE"],
+)
+def test_an_option_that_would_undo_what_submit_decides(here: Path, word: str) -> None:
+    assert refusal(Request(1, more=("--exclusive", word))) == (
+        f"{word!r} behind -- would undo what submit decides: use its own options (hpctrain submit --help), the site "
+        "file or the configuration"
+    )
+
+
+@pytest.mark.parametrize("word", ["train.epochs=3", "-N4", "-x", "n3", "--", "--=x", "", "--a b"])
+def test_a_word_that_sbatch_might_take_for_its_script(here: Path, word: str) -> None:
+    assert refusal(Request(1, more=(word,))) == (
+        f"{word!r} is no option for sbatch: write one as --NAME or --NAME=VALUE behind --, and a change to the "
+        "configuration as --set KEY=VALUE"
+    )
 
 
 def test_a_script_where_the_user_stands_comes_first(here: Path) -> None:
@@ -129,9 +181,14 @@ def test_a_script_where_the_user_stands_comes_first(here: Path) -> None:
         (Request(1, gpus_per_node=9), (), "gpu.env", "--gpus-per-node is 9, but a node of gpu.env has 8: ask for 1 to"),
         (Request(1, gpus_per_node=0), (), "gpu.env", "--gpus-per-node is 0, but a node of gpu.env has 8: ask for 1 to"),
         (Request(1, tasks_per_node=4), (), "gpu.env", "--tasks-per-node is 4, but each rank has a GPU of its own, and"),
-        (Request(1, time="3-00"), (), "gpu.env", "--time is 3-00, but gpu.env gives a job at most 2-00"),
-        (Request(1, time="1"), (), "gpu.env", "a job of 1 would be over before it trains, since its last 60 s are"),
-        (Request(1, time="soon"), (), "gpu.env", "--time is 'soon', but must be a time as Slurm writes it"),
+        (Request(1, time_limit="3-00"), (), "gpu.env", "--time is 3-00, but gpu.env gives a job at most 2-00"),
+        (
+            Request(1, time_limit="1"),
+            (),
+            "gpu.env",
+            "a job of 1 would be over before it trains, since its last 60 s are",
+        ),
+        (Request(1, time_limit="soon"), (), "gpu.env", "--time is 'soon', but must be a time as Slurm writes it"),
         (Request(2, engine="serial"), (), "gpu.env", "the serial engine is one process, but 2 x 8 ranks were asked"),
         (
             Request(2),
@@ -168,7 +225,13 @@ def test_a_site_that_lacks_a_needed_key(here: Path, key: str) -> None:
 def test_variables_of_an_outer_allocation_are_refused(here: Path, name: str) -> None:
     text = refusal(Request(1), **{name: "3"})
     assert text.startswith(f"this shell has the variables of another allocation ({name}=3)")
-    assert "`unset ${!SLURM_@}`" in text
+    assert f"or `unset {name}` first" in text
+
+
+def test_only_the_variables_of_the_allocation_are_to_be_unset(here: Path) -> None:
+    """A module may have set the others for good, SLURM_CONF for one."""
+    text = refusal(Request(1), SLURM_JOB_ID="3", SLURM_CONF="/etc/slurm.conf", SLURM_NTASKS="2")
+    assert text.endswith("submit from a login shell, or `unset SLURM_JOB_ID SLURM_NTASKS` first")
 
 
 def test_settings_of_slurm_itself_are_none(here: Path) -> None:
@@ -218,9 +281,9 @@ AWKWARD = st.text(st.sampled_from(" '\"$()`\\;&|<>*?~#%{}!\n\té-a=,"), min_size
 
 
 @settings(max_examples=20)
-@given(name=AWKWARD, stem=AWKWARD.map(lambda text: text.replace("/", "")), value=AWKWARD)
+@given(name=AWKWARD, stem=AWKWARD.map(lambda text: text.replace("/", "")), value=AWKWARD, comment=AWKWARD)
 def test_awkward_words_arrive_as_they_are(
-    tmp_path_factory: pytest.TempPathFactory, name: str, stem: str, value: str
+    tmp_path_factory: pytest.TempPathFactory, name: str, stem: str, value: str, comment: str
 ) -> None:
     folder = tmp_path_factory.mktemp("awk ward")
     config = folder / f"{stem}.yaml"
@@ -230,12 +293,13 @@ def test_awkward_words_arrive_as_they_are(
     sbatch = Double(folder, "sbatch", stdout="4242;cluster\n")
     environ = {"PATH": f"{folder}:/usr/bin:/bin", "HPCTRAIN_RUNS": str(folder / "all runs")}
     override = "data.path=" + _yaml(value)
-    submission = prepare(config, [override], Request(2, job_name=name), site, environ)
+    request = Request(2, job_name=name, more=(f"--comment={comment}",))
+    submission = prepare(config, [override], request, site, environ)
     told = submit(submission, environ)
     (argv,) = sbatch.calls
     assert argv == list(submission.argv[1:])
     assert f"--job-name={name}" in argv
-    assert argv[-3:] == [str(config), "--set", override]
+    assert argv[-5:] == [f"--comment={comment}", str(CHECKOUT / "slurm/train.sbatch"), str(config), "--set", override]
     assert sbatch.environ["HPCTRAIN_SITE"] == str(site)
     assert f"run directory  {folder}/all runs/{stem}-4242\n" in told
     assert "squeue --job 4242\n" in told
@@ -252,8 +316,9 @@ def test_a_dry_run_can_be_pasted_into_a_shell(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sbatch = Double(here / "bin", "sbatch", stdout="1\n")
-    words = ["--nodes", "2", "--job-name", "a 'b'\n$(touch boo)", "--set", "data.path=x $HOME"]
-    monkeypatch.setattr(sys, "argv", ["hpctrain", "submit", "small.yaml", *words, "--site", "gpu.env", "--dry-run"])
+    words = ["--nodes", "2", "--job-name", "a 'b'\n$(touch boo)", "--set", "data.path=x $HOME", "--site", "gpu.env"]
+    more = ["--dry-run", "--", "--exclude=n3", "--comment=c 'd'\n$(touch boo)"]
+    monkeypatch.setattr(sys, "argv", ["hpctrain", "submit", "small.yaml", *words, *more])
     with pytest.raises(SystemExit) as leave:
         main()
     out = capsys.readouterr().out
@@ -263,6 +328,7 @@ def test_a_dry_run_can_be_pasted_into_a_shell(
     subprocess.run(["bash", "-c", line], check=True, timeout=30)
     (argv,) = sbatch.calls
     assert "--job-name=a 'b'\n$(touch boo)" in argv and argv[-1] == "data.path=x $HOME"
+    assert {"--exclude=n3", "--comment=c 'd'\n$(touch boo)"} < set(argv)
     assert sbatch.environ["HPCTRAIN_HOME"] == str(CHECKOUT)
     assert not (here / "boo").exists()
 
