@@ -17,8 +17,8 @@ class LaunchConfig(Section):
     """Preemption, time limits and requeues."""
 
     signals: Annotated[tuple[SignalName, ...], Strict(False)] = ("USR1", "USR2", "TERM")
-    """signals that ask for a checkpoint and an end with exit status 75; USR1 and USR2 left out are ignored, TERM left out
-    ends a rank at once"""
+    """signals that ask for a checkpoint and an end with exit status 75; USR1 and USR2 left out are ignored, TERM left
+    out ends a rank at once"""
     max_requeues: Count = 10
     """how often a batch job may requeue itself"""
     slow_node: Literal["warn", "stop"] = "warn"
