@@ -1,7 +1,7 @@
 """The cluster for people.
 
-python -m tests.cluster up 4 --rate 1gbit     # a shell on the head; its end is the cluster's end
-python -m tests.cluster up 4 --slurm          # the same with Slurm: sinfo, sbatch and srun work there
+python -m tests.cluster up 4 --rate 1gbit --latency-us 500     # a shell on the head; its end is the cluster's end
+python -m tests.cluster up 4 --slurm                           # the same with Slurm: sinfo, sbatch and srun work there
 on n2 ip address                              # there: a command on a host
 ip link set n3 down                           # there: pull a cable
 python -m tests.cluster down                  # folders that killed runs have left
@@ -16,6 +16,7 @@ import subprocess
 import sys
 
 from tests.cluster.cluster import ON, Cluster, leftovers, obstacle
+from tests.cluster.host import HostError, with_system_path
 from tests.cluster.slurm import Slurm, slurm_obstacle
 
 
@@ -24,19 +25,25 @@ def up(asked: argparse.Namespace) -> int:
     if reason := slurm_obstacle() if asked.slurm else obstacle():
         print(f"error: {reason}", file=sys.stderr)
         return 1
-    if not asked.slurm:
-        with Cluster(asked.hosts, asked.rate) as cluster:
-            return shell(cluster, dict(os.environ))
-    with Slurm(asked.hosts, asked.tasks, asked.rate, asked.gpus, accounting=asked.accounting) as slurm:
-        return shell(slurm.cluster, slurm.env)
+    cables = {"rate": asked.rate, "latency_us": asked.latency_us}
+    try:
+        if not asked.slurm:
+            with Cluster(asked.hosts, **cables) as cluster:
+                return shell(cluster, dict(os.environ))
+        with Slurm(asked.hosts, asked.tasks, gpus=asked.gpus, accounting=asked.accounting, **cables) as slurm:
+            return shell(slurm.cluster, slurm.env)
+    except (HostError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def shell(cluster: Cluster, env: dict[str, str]) -> int:
     names = ", ".join(host.name for host in cluster.hosts)
     print(f"hosts: {names}; `on HOST COMMAND` runs a command there; shared folder: {cluster.shared}", flush=True)
-    path = f"{ON.parent}:{env.get('PATH', '')}:/usr/sbin:/sbin"
+    env = with_system_path(env)
+    env |= {"PATH": f"{ON.parent}:{env['PATH']}", "PS1": "[head] "}
     # In this terminal's session, unlike Host.start, so that job control works.
-    return subprocess.call(cluster.head.command(["bash"]), env={**env, "PATH": path, "PS1": "[head] "})
+    return subprocess.call(cluster.head.command(["bash"]), env=env)
 
 
 def down() -> int:
@@ -53,6 +60,7 @@ def main() -> int:
     start = commands.add_parser("up", help="bring hosts up and open a shell on the head")
     start.add_argument("hosts", type=int)
     start.add_argument("--rate", help="of each cable, as in tc(8), such as 1gbit")
+    start.add_argument("--latency-us", type=int, default=0, help="of each cable, one way, in microseconds")
     start.add_argument("--slurm", action="store_true", help="with Slurm on them")
     start.add_argument("--tasks", type=int, default=2, help="that a node of Slurm has room for (default 2)")
     start.add_argument("--gpus", type=int, default=0, help="that a node of Slurm claims to have")

@@ -1,8 +1,8 @@
-"""A switch and hosts around it, joined by one cable each, whose rate is that of a network card.
+"""A switch and hosts around it, joined by one cable each, with the rate and the latency of a network.
 
 ::
 
-    with Cluster(4, rate="1gbit") as cluster:
+    with Cluster(4, rate="1gbit", latency_us=100) as cluster:
         cluster.hosts[0].run(["hostname"])
         cluster.cut("n2")
 
@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from tests.cluster.host import Host, HostError, boot
+from tests.cluster.host import Host, HostError, boot, missing
 from tests.cluster.unprivileged import user_namespace, why_forbidden
 
 NETWORK = "10.77.0"
 HEAD_NUMBER = 254
 ON = Path(__file__).with_name("on")
+#: joins two network cards with a latency between them
+CABLE = "cable"
 _PREFIX = "hpctrain-cluster-"
 _PROGRAMS = ("ip", "tc", "nsenter", "unshare", "setpriv", "mount")
 # A bucket that holds two of the largest segments the kernel hands over at once, and 20 ms of queue behind it.
@@ -36,6 +39,8 @@ _CONGESTION_CONTROL = "cubic"
 
 class Cluster:
     """``num_hosts`` hosts and a head; ``rate`` as tc(8) writes it (``1gbit``), None for as fast as the machine can.
+
+    A frame takes ``latency_us`` on each cable, in each direction; between two hosts lie two cables.
 
     ``shared`` is a folder that all hosts have at the same path, while /tmp, /run and /dev/shm are each host's own
     and the rest of the file system is the machine's. ``prepare`` gets it before any host boots; what it puts into
@@ -49,17 +54,22 @@ class Cluster:
         rate: str | None = None,
         prepare: Callable[[Path], None] = lambda shared: None,
         *,
+        latency_us: int = 0,
         all_ids: bool = False,
     ) -> None:
         if not 1 <= num_hosts < HEAD_NUMBER:
             raise ValueError(f"a cluster has 1 to {HEAD_NUMBER - 1} hosts, not {num_hosts}")
+        if latency_us < 0:
+            raise ValueError(f"the latency of a cable is 0 or more, not {latency_us} us")
         namespace = user_namespace(all_ids=all_ids)
-        self.rate = rate
+        self.rate, self.latency_us = rate, latency_us
         self.shared = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         self._names = [f"n{number}" for number in range(1, num_hosts + 1)]
         self._nodes: dict[str, Host] = {}
         try:
             self._write_names()
+            if latency_us:
+                compile_cable(self.shared / CABLE)
             prepare(self.shared)
             self.head = boot("head", f"{NETWORK}.{HEAD_NUMBER}", self.shared, None, namespace)
             self._lay_switch()
@@ -74,36 +84,42 @@ class Cluster:
         """The hosts in order, without the head."""
         return [self._nodes[name] for name in self._names]
 
+    def host(self, name: str) -> Host:
+        """One of ``hosts``, or the head."""
+        return self.head if name == "head" else self._nodes[self._known(name)]
+
     def boot(self, name: str) -> None:
         """Start a host that was not there or was killed, and plug its cable in."""
-        number = self._number(name)
+        number = self._names.index(self._known(name)) + 1
         host = boot(name, f"{NETWORK}.{number}", self.shared, self.head)
         self._nodes[name] = host
-        # A fixed address of the card, so that its peers' tables hold after a reboot.
-        self._head_net(f"ip link add {name} type veth peer name eth0 netns {_seen_from_head(host)}")
+        pid = _seen_from_head(host)
+        if self.latency_us:
+            self._head_net(f"{self.shared / CABLE} {name} /proc/{pid}/ns/net eth0 {self.latency_us}")
+        else:
+            self._head_net(f"ip link add {name} type veth peer name eth0 netns {pid}")
         self._head_net(f"ip link set {name} master eth0 up")
+        # A fixed address of the card, so that its peers' tables hold after a reboot.
         host.run(["ip", "link", "set", "eth0", "address", f"02:00:00:00:00:{number:02x}", "up"])
         _address(host)
         if self.rate is not None:
             self._head_net(f"tc qdisc add dev {name} root tbf rate {self.rate} {' '.join(_SHAPE)}")
             host.run(["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", self.rate, *_SHAPE])
-        self.head.run(["sh", "-c", f"echo {_seen_from_head(host)} > /run/hosts/{name}"])
+        self.head.run(["sh", "-c", f"echo {pid} > /run/hosts/{name}"])
 
     def kill(self, name: str) -> None:
         """Power off: all processes of the host end at once and its cable is gone, until ``boot``."""
-        self._nodes[self._names[self._number(name) - 1]].kill()
+        self._nodes[self._known(name)].kill()
         # Its network would go by itself, but only when the kernel gets round to it.
         self.head.run(["ip", "link", "delete", name], check=False)
 
     def cut(self, name: str) -> None:
         """Pull the host's cable; its card still believes in it, as behind a switch that has failed."""
-        self._number(name)
-        self._head_net(f"ip link set {name} down")
+        self._head_net(f"ip link set {self._known(name)} down")
 
     def mend(self, name: str) -> None:
         """Plug the cable in again. The first packet may wait a second for the other's address."""
-        self._number(name)
-        self._head_net(f"ip link set {name} up")
+        self._head_net(f"ip link set {self._known(name)} up")
 
     def close(self) -> None:
         """End all processes of all hosts, and remove the shared folder. May be called twice."""
@@ -122,10 +138,10 @@ class Cluster:
     ) -> None:
         self.close()
 
-    def _number(self, name: str) -> int:
+    def _known(self, name: str) -> str:
         if name not in self._names:
             raise ValueError(f"there is no host {name!r}: the hosts are {', '.join(self._names)}")
-        return self._names.index(name) + 1
+        return name
 
     def _write_names(self) -> None:
         etc = self.shared / "etc"
@@ -158,6 +174,16 @@ def _seen_from_head(host: Host) -> int:
     return int(line.split()[-2])
 
 
+def compile_cable(program: Path) -> None:
+    """Make ``program`` out of ``cable.c``. Raises HostError where there is no compiler, or it complains."""
+    if missing(["cc"]):
+        raise HostError("cc not found, which a cable with a latency needs: run tests/cluster/install.sh")
+    source = Path(__file__).with_name("cable.c")
+    done = subprocess.run(["cc", "-O2", "-o", str(program), str(source)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise HostError(f"cc does not compile {source}: {done.stderr.strip()}")
+
+
 def leftovers() -> list[Path]:
     """Shared folders of this user's clusters whose process was killed: all that can remain of one."""
     folders = Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*")
@@ -168,10 +194,8 @@ def leftovers() -> list[Path]:
 @cache
 def obstacle() -> str | None:
     """Why no cluster can be had on this machine, or None: tried out once, with one host."""
-    folders = "/usr/sbin:/sbin:/usr/bin:/bin"
-    missing = [name for name in _PROGRAMS if not shutil.which(name) and not shutil.which(name, path=folders)]
-    if missing:
-        return f"{', '.join(missing)} not found: run tests/cluster/install.sh"
+    if names := missing(_PROGRAMS):
+        return f"{names} not found: run tests/cluster/install.sh"
     try:
         Cluster(1, rate="1gbit").close()
     except HostError as error:

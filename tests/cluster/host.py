@@ -8,10 +8,11 @@ process that made it dies in whatever way, because that closes a pipe.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,19 +44,18 @@ class Traffic(NamedTuple):
 class Host:
     """Made by ``boot``. ``pid`` is that of its pid 1 on this machine."""
 
-    def __init__(self, name: str, address: str, holder: subprocess.Popen[str], pid: int, *, as_root: bool) -> None:
+    def __init__(self, name: str, address: str, holder: subprocess.Popen[str], pid: int) -> None:
         self.name, self.address, self.pid = name, address, pid
         self._holder = holder
-        self._user = [] if as_root else ["--user", "--preserve-credentials"]
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """``argv`` so that it runs on this host, in the current folder, and dies with the process started."""
-        enter = ["nsenter", f"--target={self.pid}", *self._user, *_NAMESPACES]
+        enter = [*_nsenter(self.pid), *_NAMESPACES]
         return [*enter, "setpriv", "--pdeathsig=KILL", "env", f"--chdir={os.getcwd()}", *argv]
 
     def start(self, argv: Sequence[str], env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[Any]:
         """Start ``argv`` on the host; ``env`` is the whole environment, ``options`` are Popen's."""
-        return subprocess.Popen(self.command(argv), env=_with_system_path(env), start_new_session=True, **options)
+        return subprocess.Popen(self.command(argv), env=with_system_path(env), start_new_session=True, **options)
 
     def run(
         self, argv: Sequence[str], timeout_s: float = 30.0, env: Mapping[str, str] | None = None, *, check: bool = True
@@ -66,7 +66,7 @@ class Host:
         """
         done = subprocess.run(
             self.command(argv),
-            env=_with_system_path(env),
+            env=with_system_path(env),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -122,12 +122,7 @@ def boot(name: str, address: str, shared: Path, head: Host | None, user_namespac
     A head's ``user_namespace`` are the options of unshare(1) that make one; the hosts share it. Empty for root.
     Raises HostError with the machine's own words when a namespace or a mount is refused.
     """
-    as_root = os.geteuid() == 0
-    if head is None:
-        outer = ["unshare", *user_namespace]
-    else:
-        user = [] if as_root else ["--user", "--preserve-credentials"]
-        outer = ["nsenter", f"--target={head.pid}", *user, "--pid", "unshare"]
+    outer = [*_nsenter(head.pid), "--pid", "unshare"] if head else ["unshare", *user_namespace]
     holder = subprocess.Popen(
         [
             *outer,
@@ -145,7 +140,7 @@ def boot(name: str, address: str, shared: Path, head: Host | None, user_namespac
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=_with_system_path(None),
+        env=with_system_path(None),
         start_new_session=True,
     )
     assert holder.stdout is not None
@@ -153,9 +148,20 @@ def boot(name: str, address: str, shared: Path, head: Host | None, user_namespac
     if not pid:
         _, complaint = holder.communicate(timeout=BOOT_TIMEOUT_S)
         raise HostError(f"host {name} does not come up: {complaint.strip()}")
-    return Host(name, address, holder, int(pid), as_root=as_root)
+    return Host(name, address, holder, int(pid))
 
 
-def _with_system_path(env: Mapping[str, str] | None) -> dict[str, str]:
-    env = dict(os.environ if env is None else env)
+def with_system_path(env: Mapping[str, str] | None) -> dict[str, str]:
+    """``env``, by default this process's, whose PATH leads to ip, tc and daemons as well."""
+    env = os.environ if env is None else env
     return {**env, "PATH": f"{env.get('PATH', '/usr/bin:/bin')}:{_SYSTEM_FOLDERS}"}
+
+
+def missing(programs: Iterable[str]) -> str:
+    """Those of ``programs`` that hosts would not find, in words; empty when all are there."""
+    path = with_system_path(None)["PATH"]
+    return ", ".join(name for name in programs if not shutil.which(name, path=path))
+
+
+def _nsenter(pid: int) -> list[str]:
+    return ["nsenter", f"--target={pid}", *([] if os.geteuid() == 0 else ["--user", "--preserve-credentials"])]

@@ -6,6 +6,7 @@ PATH=$PATH:/usr/sbin:/sbin
 
 packages=(
     iproute2 util-linux slurm-wlm slurmdbd mariadb-server munge openssh-server shellcheck
+    gcc libc6-dev # for cables with a latency
     uidmap      # for users other than root
     libpmix-dev # srun --mpi=pmix opens libpmix.so, the name without a version
 )

@@ -13,8 +13,6 @@ not see is undone by namespaces; cores are not confined, so that more tasks than
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -25,8 +23,8 @@ from types import TracebackType
 
 import psutil
 
-from tests.cluster.cluster import Cluster, obstacle
-from tests.cluster.host import BOOT_SCRIPT, Host, HostError
+from tests.cluster.cluster import CABLE, Cluster, obstacle
+from tests.cluster.host import BOOT_SCRIPT, Host, HostError, missing
 from tests.cluster.slurm_etc import Settings, write_etc
 from tests.cluster.slurm_job import Job
 from tests.parallel.launch import environment
@@ -35,7 +33,7 @@ DAEMONS_SCRIPT = Path(__file__).with_name("daemons.sh")
 UP_TIMEOUT_S = 90.0
 _POLL_S = 0.05
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "sshd", "ssh-keygen")
-_DAEMONS = {"munged", "sshd", "slurmd", "slurmstepd", "slurmctld", "slurmscriptd", "slurmdbd", "mariadbd"}
+_DAEMONS = {"munged", "sshd", "slurmd", "slurmstepd", "slurmctld", "slurmscriptd", "slurmdbd", "mariadbd", CABLE}
 #: without it PMIx prints a page about a plugin that Slurm's side offers and the wheel lacks
 _PMIX = {"PMIX_MCA_psec": "native"}
 
@@ -43,9 +41,9 @@ _PMIX = {"PMIX_MCA_psec": "native"}
 class Slurm:
     """``num_nodes`` nodes for ``tasks_per_node`` tasks each, idle when this returns; sbatch is called on the head.
 
-    ``rate`` is that of the cables, ``gpus`` how many a node claims to have, ``accounting`` makes sacct work (two
-    seconds more). ``env`` is the environment of all commands and daemons. Raises HostError with the daemons' words
-    when they do not come up.
+    ``rate`` and ``latency_us`` are those of the cables, ``gpus`` how many a node claims to have, ``accounting`` makes
+    sacct work (two seconds more). ``env`` is the environment of all commands and daemons. Raises HostError with the
+    daemons' words when they do not come up.
     """
 
     def __init__(
@@ -55,13 +53,20 @@ class Slurm:
         rate: str | None = None,
         gpus: int = 0,
         *,
+        latency_us: int = 0,
         accounting: bool = False,
     ) -> None:
         self._settings = Settings(num_nodes, tasks_per_node, gpus, accounting)
         self.env = environment(_PMIX)
         ssh_env = {name: value for name, value in self.env.items() if name.startswith(("OMPI_", "PMIX_", "PRTE_"))}
         # sshd and slurmd change users and groups.
-        self.cluster = Cluster(num_nodes, rate, lambda shared: write_etc(shared, self._settings, ssh_env), all_ids=True)
+        self.cluster = Cluster(
+            num_nodes,
+            rate,
+            lambda shared: write_etc(shared, self._settings, ssh_env),
+            latency_us=latency_us,
+            all_ids=True,
+        )
         self.env["PATH"] = f"{_put_hpctrain(self.shared / 'bin')}:{self.env['PATH']}"
         try:
             self._start({self.cluster.head: "head-with-accounting" if accounting else "head"})
@@ -142,12 +147,12 @@ class Slurm:
     def boot_node(self, name: str) -> None:
         """Power on; the node is Slurm's again some seconds later."""
         self.cluster.boot(name)
-        self._start({self._host(name): "node"})
+        self._start({self.cluster.host(name): "node"})
 
     def signal_daemon(self, name: str, daemon: str, signal: str) -> None:
         """Send ``signal`` (as kill(1) names it) to slurmctld (on ``head``), slurmd or munged of a host."""
         pid_file = f"/run/munge/{daemon}.pid" if daemon == "munged" else f"/run/slurm/{daemon}.pid"
-        self._host(name).run(["bash", "-c", f"kill -{signal} $(< {pid_file})"])
+        self.cluster.host(name).run(["bash", "-c", f"kill -{signal} $(< {pid_file})"])
 
     def rejoin(self, name: str) -> None:
         """Mend a node's cable, and bring the node back as an administrator does.
@@ -167,7 +172,7 @@ class Slurm:
         self.cluster.head.run(["slurmctld"], env=self.env)
 
     def start_slurmd(self, name: str) -> None:
-        self._host(name).run(["slurmd"], env=self.env)
+        self.cluster.host(name).run(["slurmd"], env=self.env)
 
     def strangers(self, patience_s: float = 10.0) -> dict[str, list[str]]:
         """Command lines of what runs on each host beside its daemons, after up to ``patience_s`` for it to end."""
@@ -198,9 +203,6 @@ class Slurm:
 
     def _all(self) -> list[Host]:
         return [self.cluster.head, *self.cluster.hosts]
-
-    def _host(self, name: str) -> Host:
-        return next(host for host in self._all() if host.name == name)
 
     def _start(self, roles: Mapping[Host, str]) -> None:
         """The daemons of several hosts at once."""
@@ -255,9 +257,8 @@ def _strangers(host: Host) -> list[str]:
 @cache
 def slurm_obstacle() -> str | None:
     """Why no Slurm cluster can be had on this machine, or None: tried out once, with one node."""
-    missing = [name for name in _PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
-    if missing:
-        return f"{', '.join(missing)} not found: run tests/cluster/install.sh"
+    if names := missing(_PROGRAMS):
+        return f"{names} not found: run tests/cluster/install.sh"
     if reason := obstacle():
         return reason
     try:

@@ -6,43 +6,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.cluster.cluster import ON, Cluster, leftovers
-from tests.cluster.flows import payload_rate
+from tests.cluster.cluster import CABLE, ON, Cluster, compile_cable, leftovers
+from tests.cluster.flows import payload_rate, round_trip_s
 from tests.cluster.host import BOOT_SCRIPT, HostError
+from tests.cluster.processes import ROOT, end_owner, running, until
 
-ROOT = Path(__file__).resolve().parents[2]
 REACH = "import socket, sys; socket.create_connection((sys.argv[1], 7000), timeout=float(sys.argv[2])).close()"
 LISTEN = "import socket\ns = socket.create_server(('', 7000))\nprint('ready', flush=True)\nwhile True: s.accept()"
 
 pytestmark = pytest.mark.timeout(60)
-
-
-def until(condition: Callable[[], bool], limit_s: float = 5.0) -> bool:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def running(*words: str) -> list[int]:
-    """Processes of this machine whose command line holds all ``words``; the dead that nobody waited for are none."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and set(words) <= set(process.cmdline()):
-                found.append(process.pid)
-        except psutil.Error:
-            continue
-    return found
 
 
 def test_hosts_are_separate(cluster: Cluster) -> None:
@@ -92,23 +68,47 @@ def test_a_cable_carries_its_rate_and_counts(cluster: Cluster) -> None:
 
 
 def test_a_cut_cable_carries_nothing_until_mended(cluster: Cluster) -> None:
-    server = cluster.hosts[3].start([sys.executable, "-c", LISTEN], stdout=subprocess.PIPE, text=True)
+    cut_and_mend(cluster, "n4")
+
+
+def cut_and_mend(cluster: Cluster, name: str) -> None:
+    server = cluster.host(name).start([sys.executable, "-c", LISTEN], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     server.stdout.readline()
 
     def reaches(limit_s: float) -> bool:
-        reach = [sys.executable, "-c", REACH, "n4", str(limit_s)]
+        reach = [sys.executable, "-c", REACH, name, str(limit_s)]
         return cluster.hosts[0].run(reach, check=False).returncode == 0
 
     try:
         assert reaches(5)
-        cluster.cut("n4")
+        cluster.cut(name)
         assert not reaches(0.3)
-        cluster.mend("n4")
+        cluster.mend(name)
         assert reaches(10)
     finally:
         server.kill()
         server.communicate()
+
+
+def test_a_cable_has_its_latency_beside_its_rate() -> None:
+    latency_us, num_bytes = 4000, 8 << 20
+    with Cluster(2, rate="100mbit", latency_us=latency_us) as cluster:
+        first, second = cluster.hosts
+        # Two cables, there and back.
+        least_s = 4 * latency_us / 1e6
+        assert least_s <= round_trip_s(first, second) < 1.5 * least_s + 1e-3
+        assert 0.5 * 100e6 / 8 < payload_rate(first, second, num_bytes) < 100e6 / 8
+        before = second.traffic()
+        cut_and_mend(cluster, "n2")
+        assert second.traffic().since(before).received > 0
+        cluster.kill("n2")
+        cluster.boot("n2")
+        second = cluster.host("n2")
+        assert least_s <= round_trip_s(first, second) < 1.5 * least_s + 1e-3
+        program = str(cluster.shared / CABLE)
+        assert len(running(program)) == 2
+    assert not running(program)
 
 
 def test_a_killed_host_is_empty_and_comes_back() -> None:
@@ -130,25 +130,15 @@ def test_a_killed_host_is_empty_and_comes_back() -> None:
     assert not shared.exists()
 
 
-def end_owner(program: str, ending: signal.Signals, is_up: Callable[[], bool], limit_s: float = 5.0) -> str:
-    """Send ``ending`` to a python that brings up hosts and prints their shared folder, once ``is_up``; that folder."""
-    owner = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert owner.stdout is not None
-    shared = owner.stdout.readline().strip()
-    assert until(is_up, limit_s)
-    owner.send_signal(ending)
-    owner.communicate()
-    return shared
-
-
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_outlives_a_killed_owner(ending: signal.Signals) -> None:
+@pytest.mark.parametrize(("ending", "latency_us"), [(signal.SIGKILL, 0), (signal.SIGTERM, 0), (signal.SIGKILL, 100)])
+def test_nothing_outlives_a_killed_owner(ending: signal.Signals, latency_us: int) -> None:
     program = (
-        "from tests.cluster.cluster import Cluster; import time; c = Cluster(2, '1gbit'); "
+        f"from tests.cluster.cluster import Cluster; import time; c = Cluster(2, '1gbit', latency_us={latency_us}); "
         "c.hosts[0].start(['setsid', 'sleep', '5003']); print(c.shared, flush=True); time.sleep(60)"
     )
     shared = end_owner(program, ending, lambda: bool(running("sleep", "5003")))
     assert until(lambda: not running("sleep", "5003") and not running(str(BOOT_SCRIPT), shared))
+    assert until(lambda: not running(f"{shared}/{CABLE}"))
     assert Path(shared) in leftovers()
     done = subprocess.run([sys.executable, "-m", "tests.cluster", "down"], cwd=ROOT, capture_output=True, text=True)
     assert f"removed {shared}\n" in done.stdout
@@ -161,12 +151,24 @@ def test_a_refusal_says_why() -> None:
     before = set(running(str(BOOT_SCRIPT)))
     with pytest.raises(HostError, match="head: tc .*left with"):
         Cluster(1, rate="fast")
+    with pytest.raises(ValueError, match="the latency of a cable is 0 or more, not -1 us"):
+        Cluster(1, latency_us=-1)
     assert set(running(str(BOOT_SCRIPT))) == before
+
+
+def test_a_latency_needs_a_compiler_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HostError, match=r"^cc not found, which a cable with a latency needs: run .*install.sh$"):
+        compile_cable(tmp_path / CABLE)
+    (tmp_path / "cc").write_text("#!/bin/sh\necho no headers >&2; exit 1\n")
+    (tmp_path / "cc").chmod(0o755)
+    with pytest.raises(HostError, match="cc does not compile .*cable.c: no headers"):
+        compile_cable(tmp_path / CABLE)
 
 
 def test_the_shell_for_people() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cluster", "up", "2", "--rate", "1gbit"],
+        [sys.executable, "-m", "tests.cluster", "up", "2", "--rate", "1gbit", "--latency-us", "500"],
         cwd=ROOT,
         input="hostname; on n2 hostname; exit 4\n",
         capture_output=True,

@@ -39,7 +39,7 @@ def test_four_sound_nodes(slurm: Slurm) -> None:
 
 def test_a_node_behind_a_slow_cable_is_named(slurm: Slurm) -> None:
     cable = ["tc", "qdisc", "change", "dev", "eth0", "root", "tbf", "burst", "256kb", "latency", "50ms", "rate"]
-    host = next(host for host in slurm.cluster.hosts if host.name == "n3")
+    host = slurm.cluster.host("n3")
     host.run([*cable, "100mbit"])
     try:
         done = preflight(slurm, slurm.shared / "slow", "--set", "launch.slow_node=stop")

@@ -13,12 +13,11 @@ import pytest
 
 from tests.cluster.cluster import leftovers
 from tests.cluster.host import HostError
+from tests.cluster.processes import ROOT, end_owner, running, until
 from tests.cluster.slurm import Slurm
 from tests.cluster.slurm_job import Job
-from tests.cluster.test_cluster import end_owner, running, until
 from tests.needs import needs
 
-ROOT = Path(__file__).resolve().parents[2]
 ELEMENTS = 200_000
 PAIR = ["--nodes=2", "--nodelist=n[1-2]"]
 ACROSS = [sys.executable, "-m", "tests.cluster.across"]
@@ -64,12 +63,8 @@ def test_what_the_commands_say(slurm: Slurm) -> None:
     assert job.wait(30) == "CANCELLED"
     assert waiting.wait(60) == "COMPLETED"
     assert slurm.squeue() == []
-    until(lambda: bool(waiting.sacct("State")) and waiting.sacct("State")[0]["State"] == "COMPLETED", 15)
-    rows = waiting.sacct("JobID", "State", "AllocCPUS")
-    assert [(row["JobID"], row["State"]) for row in rows] == [
-        (waiting.id, "COMPLETED"),
-        (f"{waiting.id}.batch", "COMPLETED"),
-    ]
+    told = [{"JobID": name, "State": "COMPLETED"} for name in (waiting.id, f"{waiting.id}.batch")]
+    assert until(lambda: waiting.sacct("JobID", "State") == told, 15), waiting.sacct("JobID", "State")
     with pytest.raises(HostError, match="Invalid job id"):
         slurm.scontrol(["show", "job", "4711"])
 

@@ -23,11 +23,11 @@ import psutil
 import pytest
 
 from hpctrain.launch.exits import PREEMPTED
+from hpctrain.metrics.launches import read_launches
 from hpctrain.metrics.layout import LAUNCHES_FILE
-from hpctrain.train.launches import read_launches
 from hpctrain.train.samples import samples_seen
+from tests.cluster.processes import until
 from tests.cluster.slurm import Slurm
-from tests.cluster.test_cluster import until
 from tests.cluster.training import (
     LIMIT_S,
     Training,

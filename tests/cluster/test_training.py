@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.host import Traffic
+from tests.cluster.processes import until
 from tests.cluster.slurm import Slurm
-from tests.cluster.test_cluster import until
 from tests.cluster.training import LIMIT_S, ROOT, Training, digits_config, losses, record_of, submit, train_alone
 from tests.needs import needs
 
@@ -65,10 +65,8 @@ def assert_same_as_alone(slurm: Slurm, training: Training, alone: Path, before: 
 
 def _accounts_agree(training: Training) -> None:
     """sacct lags behind the job by seconds."""
-    ended = {"COMPLETED"}
-    until(lambda: {row["State"] for row in training.job.sacct("State")} == ended, 20)
-    rows = training.job.sacct("State", "NNodes", "NodeList")
-    assert {row["State"] for row in rows} == ended
+    assert until(lambda: {row["State"] for row in training.job.sacct("State")} == {"COMPLETED"}, 20)
+    rows = training.job.sacct("NNodes", "NodeList")
     assert (rows[0]["NNodes"], rows[0]["NodeList"]) == (str(NODES), f"n[1-{NODES}]")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.data.digits import make_digits
+from hpctrain.metrics.layout import CHECKPOINTS, checkpoint_name
 from tests.cluster.slurm import Slurm
 from tests.cluster.slurm_job import Job
 from tests.parallel.launch import launch
@@ -38,7 +39,7 @@ class Training:
         self.job.wait_until(lambda: any(line["step"] >= step for line in self.steps()), timeout_s, f"reach step {step}")
 
     def wait_for_checkpoint(self, step: int, timeout_s: float = LIMIT_S) -> None:
-        path = self.run / f"checkpoints/step-{step:06d}"
+        path = self.run / CHECKPOINTS / checkpoint_name(step)
         self.job.wait_until(path.exists, timeout_s, f"write the checkpoint of step {step}")
 
     def record(self) -> dict[str, Any]:
@@ -47,8 +48,7 @@ class Training:
 
 def kill_ranks(slurm: Slurm, node: str) -> None:
     """SIGKILL to all that train on ``node``."""
-    host = next(host for host in slurm.cluster.hosts if host.name == node)
-    for process in host.processes():
+    for process in slurm.cluster.host(node).processes():
         if process.name().startswith("python") and "train" in process.cmdline():
             process.kill()
 
