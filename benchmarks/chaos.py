@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ranks import conclude
+from hpctrain.metrics.launches import read_launches
 from hpctrain.metrics.provenance import Provenance
-from hpctrain.train.launches import read_launches
 from hpctrain.train.samples import samples_seen
 from tests.cluster.slurm import Slurm, slurm_obstacle
 from tests.cluster.slurm_job import ENDED

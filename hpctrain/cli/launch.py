@@ -60,8 +60,10 @@ def requeue(
 ) -> None:
     """Have Slurm start the job around this command again; for job scripts.
 
-    After status 75, a preemption, in any case; after another, a fault of the machine, where a node was lost, and unless
-    it is the second fault from the same checkpoint. Otherwise it leaves with what the job is to leave with.
+    Status 75 (preempted) is always requeued. After any other failure the job is requeued if a node was lost, if this
+    start wrote a checkpoint, if it is the first failure from the checkpoint it began with, or if it failed before
+    training began, for the first time since the job last trained; otherwise this command exits with the
+    status the job should exit with. launch.max_requeues limits all of it.
     """
     from hpctrain.config.load import load_config
     from hpctrain.launch.requeue import requeue as start_again

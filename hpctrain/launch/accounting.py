@@ -14,8 +14,8 @@ from typing import Any
 
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.slurm import ask_slurm
-from hpctrain.metrics.jsonfiles import read_log_if_any
-from hpctrain.metrics.layout import LAUNCHES_FILE, RECORD_FILE
+from hpctrain.metrics.launches import read_launches
+from hpctrain.metrics.layout import RECORD_FILE
 from hpctrain.metrics.record import read_record, write_record
 
 _FIELDS = (
@@ -54,8 +54,7 @@ def account(run_dir: Path, environ: Mapping[str, str], patience_s: float = _PATI
 
 def _jobs_of(run_dir: Path) -> list[str]:
     """Numbers of the jobs that took the run up, in that order; none where it was not trained under Slurm."""
-    lines = read_log_if_any(run_dir / LAUNCHES_FILE)
-    return list(dict.fromkeys(line["slurm_job_id"] for line in lines if "slurm_job_id" in line))
+    return list(dict.fromkeys(launch.job for launch in read_launches(run_dir) if launch.job))
 
 
 def _read_accounts(jobs: list[str], environ: Mapping[str, str], patience_s: float) -> list[dict[str, Any]]:

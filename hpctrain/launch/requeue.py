@@ -3,21 +3,25 @@
 It asks Slurm to start this job anew, at most ``launch.max_requeues`` times; the run goes on in its run directory.
 Ranks that left with ``exits.PREEMPTED`` may always go on. After a fault it is worth while where a node was lost, where
 this start has written a checkpoint, and once from each checkpoint: what fails twice from there would fail a third time.
+A start that failed before it began to train is repeated once, if an earlier one of the same job has trained.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpctrain.config.launch import LaunchConfig
-from hpctrain.errors import HpctrainError, UserError
+from hpctrain.errors import HpctrainError, MachineError, UserError
 from hpctrain.launch.durations import parse_duration
 from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.slurm import SlurmRefusal, ask_slurm
-from hpctrain.metrics.jsonfiles import read_log_if_any
-from hpctrain.metrics.layout import CHECKPOINTS, LAUNCHES_FILE, list_checkpoints, step_of
+from hpctrain.metrics.launches import read_launches
+from hpctrain.metrics.layout import CHECKPOINTS, list_checkpoints, step_of
+from hpctrain.topology.voice import sentence
 
 _REMEDY = "to go on, submit it again with HPCTRAIN_RUN_DIR set to its run directory"
 
@@ -26,6 +30,9 @@ _ENDING = ("COMPLETING", "CANCELLED", "PREEMPTED")
 
 #: for every node to begin and end a step of nothing; a healthy one takes a fraction of a second
 _ANSWER_S = 60.0
+#: Slurm's controller may be away for as long as another one takes its place.
+_PATIENCE_S = 300.0
+_AGAIN_S = 10.0
 
 
 class NotRequeued(UserError):
@@ -42,17 +49,16 @@ def requeue(config: LaunchConfig, environ: Mapping[str, str], run_dir: Path, sta
     Its ranks trained in ``run_dir`` and left with ``status``. Raises NotRequeued where the job may not be started again
     or another start promises nothing, UserError outside of a job.
     """
-    job = _job_of(environ)
-    why = "" if status == PREEMPTED else f", {_promise(job, environ, run_dir, status)}"
+    job, restarts = _job_of(environ), int(environ.get("SLURM_RESTART_COUNT", "0"))
+    why = "" if status == PREEMPTED else f", {_promise(job, restarts, environ, run_dir, status)}"
     if "SLURM_ARRAY_JOB_ID" in environ:
         raise NotRequeued(_hand_over(environ), PREEMPTED)
-    restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
-    if reason := _refusal(job, restarts, config, environ):
-        raise NotRequeued(reason, status)
     try:
-        ask_slurm(["scontrol", "requeue", job], environ)
-    except SlurmRefusal as refusal:
-        raise NotRequeued(f"Slurm does not start job {job} again ({refusal}): {_REMEDY}", status) from None
+        if reason := _refusal(job, restarts, config, environ):
+            raise NotRequeued(reason, status)
+        _ask_patiently(["scontrol", "requeue", job], environ)
+    except (SlurmRefusal, MachineError) as error:
+        raise NotRequeued(f"Slurm does not start job {job} again ({error}): {_REMEDY}", status) from None
     return f"job {job} is requeued ({restarts + 1} of at most {config.max_requeues}){why}"
 
 
@@ -63,9 +69,9 @@ def _job_of(environ: Mapping[str, str]) -> str:
     return job
 
 
-def _promise(job: str, environ: Mapping[str, str], run_dir: Path, status: int) -> str:
+def _promise(job: str, restarts: int, environ: Mapping[str, str], run_dir: Path, status: int) -> str:
     """Why another start may go on where this one failed. Raises NotRequeued if it would fail there too."""
-    hopeless = _hopeless(run_dir, job, environ)
+    hopeless = _hopeless(run_dir, job, restarts)
     if not hopeless:
         return f"after a fault (exit status {status})"
     if silence := _silence(environ):
@@ -77,19 +83,19 @@ def _promise(job: str, environ: Mapping[str, str], run_dir: Path, status: int) -
     )
 
 
-def _hopeless(run_dir: Path, job: str, environ: Mapping[str, str]) -> str | None:
+def _hopeless(run_dir: Path, job: str, restarts: int) -> str | None:
     """Where this start of the job failed, if another one would fail there too; None if it promises something."""
-    lines = read_log_if_any(run_dir / LAUNCHES_FILE)
-    begun = [line for line in lines if line["event"] == "begin"]
-    start = (job, environ.get("SLURM_RESTART_COUNT"))
-    if not begun or (begun[-1].get("slurm_job_id"), begun[-1].get("slurm_restart_count")) != start:
+    launches = read_launches(run_dir)
+    last = next((launch for launch in reversed(launches) if launch.job == job), None)
+    if last is None:
         return "before it began to train"
-    step = int(begun[-1]["step"])
-    if any(step_of(path) > step for path in list_checkpoints(run_dir / CHECKPOINTS)):
+    if not_begun := restarts - last.restarts:
+        return None if not_begun == 1 else "before it began to train, as the start before it"
+    if any(step_of(path) > last.step for path in list_checkpoints(run_dir / CHECKPOINTS)):
         return None
-    ended = {line["launch"] for line in lines if line["event"] == "end"}
-    failed_before = [line for line in begun[-2:-1] if line["step"] == step and line["launch"] not in ended]
-    return f"for the second time since step {step}, before a checkpoint" if failed_before else None
+    before = launches[last.number - 1] if last.number else None
+    failed_before = before is not None and before.step == last.step and not before.ended
+    return f"for the second time since step {last.step}, before a checkpoint" if failed_before else None
 
 
 def _silence(environ: Mapping[str, str]) -> str | None:
@@ -113,7 +119,7 @@ def _refusal(job: str, restarts: int, config: LaunchConfig, environ: Mapping[str
             f"job {job} has been started again {restarts} times already (launch.max_requeues={config.max_requeues}): "
             f"find out why it is stopped so often; {_REMEDY}"
         )
-    facts = ask_slurm(["scontrol", "show", "job", "--oneliner", job], environ)
+    facts = _ask_patiently(["scontrol", "show", "job", "--oneliner", job], environ)
     # On a node that was cut off, the script of a start that Slurm has given up long since may still come here.
     if (_fact("Restarts", facts) or str(restarts)) != str(restarts):
         return f"Slurm has started job {job} again already: this start of it, number {restarts + 1}, is over"
@@ -123,6 +129,22 @@ def _refusal(job: str, restarts: int, config: LaunchConfig, environ: Mapping[str
     if _fact("Requeue", facts) == "0":
         return f"Slurm may not start job {job} again (--no-requeue, or the site's JobRequeue=0): {_REMEDY}"
     return None
+
+
+def _ask_patiently(argv: Sequence[str], environ: Mapping[str, str]) -> str:
+    """As ``ask_slurm``, for ``_PATIENCE_S`` while Slurm does not answer. That it is away is said once."""
+    deadline, said = time.monotonic() + _PATIENCE_S, False
+    while True:
+        try:
+            return ask_slurm(argv, environ)
+        except MachineError as silence:
+            if time.monotonic() >= deadline:
+                raise
+            if not said:
+                again = f"it is asked again for {_PATIENCE_S / 60:.0f} minutes"
+                print(f"{sentence(silence)}; {again}", file=sys.stderr, flush=True)
+            said = True
+            time.sleep(_AGAIN_S)
 
 
 def _fact(key: str, facts: str) -> str | None:

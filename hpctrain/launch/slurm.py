@@ -10,7 +10,13 @@ from hpctrain.errors import MachineError, UserError
 
 _TIMEOUT_S = 60.0
 #: what Slurm's commands say when nobody answers them
-_UNREACHABLE = ("Unable to contact", "timed out", "Connection refused")
+_UNREACHABLE = (
+    "Unable to contact",
+    "timed out",
+    "Connection refused",
+    "Zero Bytes were transmitted",
+    "in standby mode",
+)
 
 
 class SlurmRefusal(UserError):
@@ -35,7 +41,7 @@ def ask_slurm(argv: Sequence[str], environ: Mapping[str, str], timeout_s: float 
         raise MachineError(f"{shlex.join(argv[:2])}: no answer from Slurm within {timeout_s:g} s") from None
     if done.returncode == 0:
         return done.stdout
-    reason = _reason(argv[0], done.stderr) or f"{argv[0]} left with status {done.returncode} and no word"
+    reason = _reason(argv[0], done.stderr) or f"{argv[0]} exited with status {done.returncode} and printed nothing"
     if any(phrase in done.stderr for phrase in _UNREACHABLE):
         raise MachineError(f"Slurm's controller does not answer ({reason}): see `scontrol ping`")
     raise SlurmRefusal(reason)

@@ -1,34 +1,22 @@
-"""``launches.jsonl``: how often a run was taken up, where, and how each of these launches was left.
+"""``launches.jsonl`` as rank 0 writes it: a line when training goes on, and one when it ends in order.
 
-Written by rank 0. A launch that has a beginning and no end was killed or failed. What the numbers are good for: the
-record counts restarts and preemptions, and the sample log tells by them which steps were done again.
+A launch that has a beginning and no end was killed or failed. What the numbers are good for: the record counts
+restarts and preemptions, and the sample log tells by them which steps were done again.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hpctrain.metrics.jsonfiles import DurableLog, read_log_if_any
+from hpctrain.metrics.jsonfiles import DurableLog
+from hpctrain.metrics.launches import read_launches
 from hpctrain.metrics.layout import LAUNCHES_FILE
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """One launch: the step it went on from, and its ranks. ``write_s`` is its longest write of a checkpoint."""
-
-    number: int
-    step: int
-    world_size: int
-    train_samples: int
-    preempted: bool = False
-    write_s: float = 0.0
 
 
 class Launches:
@@ -57,29 +45,6 @@ class Launches:
             log.flush()
         finally:
             log.close()
-
-
-def read_launches(run_dir: Path) -> list[Launch]:
-    """In order; empty for a run directory that has none. Raises UserError for a damaged file."""
-    begun: list[dict[str, Any]] = []
-    ends: dict[int, dict[str, Any]] = {}
-    for line in read_log_if_any(run_dir / LAUNCHES_FILE):
-        if line["event"] == "begin":
-            begun.append(line)
-        else:
-            ends[line["launch"]] = line
-    return [_launch(line, ends.get(line["launch"], {})) for line in begun]
-
-
-def _launch(begin: Mapping[str, Any], end: Mapping[str, Any]) -> Launch:
-    return Launch(
-        begin["launch"],
-        begin["step"],
-        begin["world_size"],
-        begin["train_samples"],
-        end.get("preempted", False),
-        end.get("write_s", 0.0),
-    )
 
 
 def _now() -> str:

@@ -17,8 +17,8 @@ import numpy as np
 from hpctrain.data.types import Batch
 from hpctrain.errors import UserError
 from hpctrain.metrics.jsonfiles import DurableLog, read_log
+from hpctrain.metrics.launches import Launch, read_launches
 from hpctrain.metrics.layout import CHECKPOINTS, list_checkpoints, step_of
-from hpctrain.train.launches import Launch, read_launches
 
 FOLDER = "samples"
 

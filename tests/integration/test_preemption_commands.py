@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hpctrain.launch.exits import PREEMPTED
+from hpctrain.metrics.launches import read_launches
 from hpctrain.train.checkpoint import load_checkpoint
-from hpctrain.train.launches import read_launches
 from hpctrain.train.samples import samples_seen
 from tests.integration.commands import Job, Ranks, train, train_argv, write_config
 from tests.unit.small_runs import record_of, saved_steps

@@ -15,9 +15,9 @@ import torch
 from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.preempt import Requests
 from hpctrain.launch.timelimit import TimeLimit
+from hpctrain.metrics.launches import read_launches
 from hpctrain.train import loop, run
 from hpctrain.train.build import Feeds
-from hpctrain.train.launches import read_launches
 from hpctrain.train.saver import Saver
 from hpctrain.train.state import Progress
 from tests.unit.small_runs import command, record_of, saved_steps, write_recipe

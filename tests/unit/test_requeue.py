@@ -83,6 +83,46 @@ def test_slurm_may_refuse(tmp_path: Path) -> None:
     assert not_requeued(tmp_path).startswith("Slurm does not start job 77 again (Job is completing)")
 
 
+AWAY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+
+
+def away_for(folder: Path, calls: int, words: str = AWAY) -> None:
+    """A Slurm whose controller is away for so many ``calls`` of scontrol."""
+    script = f"""#!/bin/bash
+echo "$1" >>{folder}/asked
+if (($(wc -l <{folder}/asked) <= {calls})); then
+    echo {words!r} >&2
+    exit 1
+fi
+echo JobId=77 Requeue=1
+"""
+    (folder / "scontrol").write_text(script)
+    (folder / "scontrol").chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "words", [AWAY, "Slurm backup controller in standby mode", "Zero Bytes were transmitted or received"]
+)
+def test_a_controller_that_is_away_is_asked_until_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    monkeypatch.setattr(f"{requeue.__module__}._AGAIN_S", 0.01)
+    away_for(tmp_path, 3, words)
+    assert after_preemption(environment(tmp_path)) == "job 77 is requeued (1 of at most 10)"
+    assert (tmp_path / "asked").read_text().split() == ["show"] * 4 + ["requeue"]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("hpctrain: Slurm's controller does not answer (")
+    assert said.endswith("; it is asked again for 5 minutes")
+
+
+def test_a_controller_that_stays_away_does_not_hide_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{requeue.__module__}._PATIENCE_S", 0.0)
+    away_for(tmp_path, 9)
+    assert not_requeued(tmp_path).startswith(
+        "Slurm does not start job 77 again (Slurm's controller does not answer (slurm_load_jobs error: Unable to"
+    )
+
+
 @pytest.mark.parametrize(
     ("task", "told"), [("2", "task 2 of array 70 ends here, the next one goes on"), ("9", "was the last")]
 )
@@ -112,7 +152,8 @@ ALONE = [
 
 def begin(launch: int, step: int, **slurm: str) -> dict[str, object]:
     """The line of a launch by the first start of job 77, unless told."""
-    return {"launch": launch, "event": "begin", "step": step, "slurm_job_id": "77", **slurm}
+    size = {"world_size": 4, "train_samples": 100}
+    return {"launch": launch, "event": "begin", "step": step, **size, "slurm_job_id": "77", **slurm}
 
 
 def run_of(folder: Path, *lines: dict[str, object], saved: int = 0) -> Path:
@@ -130,7 +171,7 @@ def after_fault(folder: Path, run: Path, config: LaunchConfig | None = None, **m
     return requeue(config or LaunchConfig(), environ, run, 137)
 
 
-PREEMPTED_AT_10 = {"launch": 0, "event": "end", "step": 10, "preempted": True}
+PREEMPTED_AT_10 = {"launch": 0, "event": "end", "step": 10, "preempted": True, "write_s": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +195,6 @@ def test_after_a_fault_a_job_is_started_again(tmp_path: Path, lines: list[dict[s
         pytest.param([begin(0, 0), begin(1, 0)], "for the second time since step 0, before a checkpoint", id="twice"),
         pytest.param([], "before it began to train", id="not begun"),
         pytest.param([begin(0, 0, slurm_job_id="76")], "before it began to train", id="begun by another job"),
-        pytest.param([begin(0, 0, slurm_restart_count="1")], "before it began to train", id="begun by another start"),
     ],
 )
 def test_what_promises_nothing_ends_with_its_status(tmp_path: Path, lines: list[dict[str, object]], where: str) -> None:
@@ -168,6 +208,24 @@ def test_what_promises_nothing_ends_with_its_status(tmp_path: Path, lines: list[
     )
     assert srun.calls == [["--nodes=4", "--ntasks=4", *ALONE]]
     assert not scontrol.calls
+
+
+def test_a_restart_that_fails_before_it_trains_is_repeated_once(tmp_path: Path) -> None:
+    """The fault may have been of the moment. A second in a row, or a checkpoint that nobody can read, is none."""
+    run = run_of(tmp_path, begin(0, 0), begin(1, 5, slurm_restart_count="1"), saved=5)
+    Double(tmp_path, "scontrol", stdout="JobId=77 Requeue=1\n")
+    Double(tmp_path, "srun")
+    told = after_fault(tmp_path, run, SLURM_RESTART_COUNT="2")
+    assert told == "job 77 is requeued (3 of at most 10), after a fault (exit status 137)"
+    with pytest.raises(NotRequeued, match="before it began to train, as the start before it, and its nodes answer"):
+        after_fault(tmp_path, run, SLURM_RESTART_COUNT="3")
+
+
+def test_another_job_that_trained_says_nothing_of_this_one(tmp_path: Path) -> None:
+    run = run_of(tmp_path, begin(0, 0, slurm_job_id="76", slurm_restart_count="1"))
+    Double(tmp_path, "scontrol"), Double(tmp_path, "srun")
+    with pytest.raises(NotRequeued, match="before it began to train, and its nodes answer"):
+        after_fault(tmp_path, run, SLURM_RESTART_COUNT="2")
 
 
 def test_where_a_node_is_silent_the_job_is_started_again(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hpctrain.config.schema import Config
 from hpctrain.errors import MachineError, UserError
 from hpctrain.metrics.jsonfiles import DurableLog, read_log
-from hpctrain.train.launches import Launch, Launches, read_launches
+from hpctrain.metrics.launches import Launch, read_launches
+from hpctrain.train.launches import Launches
 from hpctrain.train.samples import owner_of_steps, samples_seen
 from tests.unit.small_runs import Taken, recipe, record_requests, run_on
 
@@ -129,6 +130,5 @@ def test_launches_are_told_with_their_job(tmp_path: Path) -> None:
     assert launches.begin(0, 4, 100, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}) == 0
     launches.end(0, 5, "SIGUSR1 on rank 2 (host n1)", preempted=True, write_s=1.5)
     assert launches.begin(5, 2, 100, {}) == 1
-    assert read_launches(tmp_path) == [Launch(0, 0, 4, 100, True, 1.5), Launch(1, 5, 2, 100)]
-    first = next(read_log(tmp_path / "launches.jsonl"))
-    assert (first["slurm_job_id"], first["slurm_restart_count"]) == ("7", "1")
+    first = Launch(0, 0, 4, 100, job="7", restarts=1, ended=True, preempted=True, write_s=1.5)
+    assert read_launches(tmp_path) == [first, Launch(1, 5, 2, 100)]
