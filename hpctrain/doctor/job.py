@@ -11,45 +11,45 @@ import os
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
+from pydantic import TypeAdapter
 
-from hpctrain.comm.agree import on_rank_zero
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.process import end_process
 from hpctrain.config.schema import Config
 from hpctrain.doctor.clocks import read_clocks
-from hpctrain.doctor.judge import clock_complaints, complaints, unshared
+from hpctrain.doctor.judge import clock_complaints, complaints, locked_twice, unshared
 from hpctrain.doctor.outcome import tell
-from hpctrain.doctor.place import Place, own_place
+from hpctrain.doctor.place import RankPlace, own_place
+from hpctrain.doctor.shared import Sight, see_run_directory
 from hpctrain.doctor.speed import Pace, measure
 from hpctrain.doctor.suspects import Suspect, confirm, find_suspects, sentence
 from hpctrain.errors import HpctrainError, MachineError, UserError
 from hpctrain.metrics.jsonfiles import to_json_value, write_atomic
 from hpctrain.topology import voice
 from hpctrain.topology.ranks import detect
+from hpctrain.train.rundir import held_by_another
 from hpctrain.train.session import open_session
 
 SCHEMA = 1
 FILE = "preflight.json"
-#: A file that was written elsewhere may take a network file system so long to show.
-_PATIENCE_S = 5.0
-_POLL_S = 0.1
 #: how long rank 0 gives the others to be gone
 _LEAVE_LAST_S = 2.0
+
+Told = TypeVar("Told", RankPlace, Pace, Sight)
 
 
 @dataclass
 class Preflight:
     """All that was found, by rank; ``cost_s`` is counted from the start of rank 0's process."""
 
-    places: list[Place]
+    places: list[RankPlace]
     engine: str
     engine_reason: str
     complaints: list[str] = field(default_factory=list)
@@ -122,55 +122,21 @@ def examine_job(comm: Communicator, config: Config, run_dir: Path | None, engine
     """Everything that ``doctor --job`` looks at; what costs most only where the places are sound. Collective."""
     start_s = _age_s()
     first_host = comm.broadcast_object(comm.topology.host)
-    place = own_place(comm.topology, comm.device, first_host, config.data.threads)
-    places = [Place.from_record(record) for record in comm.all_gather_object(place.to_record())]
+    places = _of_all(comm, own_place(comm.topology, comm.device, first_host, config.data.threads))
     found = Preflight(places, comm.name, engine_reason, start_s=start_s)
     found.complaints += complaints(places, config.train.device)
     found.complaints += clock_complaints(places, read_clocks(comm))
     if run_dir is not None:
         try:
-            seen = comm.all_gather_object(sees_token(comm, run_dir))
-            found.complaints += unshared(places, seen, str(run_dir))
+            sights = _of_all(comm, see_run_directory(comm, run_dir))
+            found.complaints += unshared(places, [sight.reads for sight in sights], str(run_dir))
+            found.remarks += locked_twice(places, [sight.locks for sight in sights], str(run_dir))
         except UserError as error:
             found.complaints.append(str(error))
     if not found.complaints:
         _find_suspects(comm, found)
     found.cost_s = comm.broadcast_object(_age_s())
     return found
-
-
-def sees_token(comm: Communicator, run_dir: Path) -> bool:
-    """Whether this rank reads in ``run_dir`` what rank 0 has just written there. Collective.
-
-    Raises UserError, on all ranks, where rank 0 cannot write.
-    """
-
-    def write() -> str:
-        name = f".preflight-{uuid.uuid4().hex}"
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / name).write_text(name)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the run directory {run_dir} ({error.strerror}): give a writable one with --run-dir"
-            ) from error
-        return name
-
-    name = on_rank_zero(comm, write)
-    deadline = time.monotonic() + _PATIENCE_S
-    while not (seen := _reads(run_dir / name)) and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-    comm.barrier()
-    if comm.rank == 0:
-        (run_dir / name).unlink(missing_ok=True)
-    return seen
-
-
-def _reads(path: Path) -> bool:
-    try:
-        return path.read_text() == path.name
-    except OSError:
-        return False
 
 
 def _find_suspects(comm: Communicator, found: Preflight) -> None:
@@ -186,18 +152,26 @@ def _find_suspects(comm: Communicator, found: Preflight) -> None:
         found.suspects = confirm(found.suspects, find_suspects(found.places, again, comm.device.type))
 
 
-def _measure_all(comm: Communicator, places: Sequence[Place]) -> list[Pace]:
-    pace = measure(comm, [place.host for place in places])
-    return [Pace.from_record(record) for record in comm.all_gather_object(pace.to_record())]
+def _measure_all(comm: Communicator, places: Sequence[RankPlace]) -> list[Pace]:
+    return _of_all(comm, measure(comm, [place.host for place in places]))
+
+
+def _of_all(comm: Communicator, mine: Told) -> list[Told]:
+    """What each rank has to tell, a dataclass, in rank order. Collective."""
+    one = TypeAdapter(type(mine))
+    return [one.validate_python(told) for told in comm.all_gather_object(asdict(mine))]
 
 
 def leave_findings(found: Preflight, config: Config, run_dir: Path | None, json_file: Path | None) -> None:
-    """Tell ``found`` (see ``outcome.tell``), and leave it in the run directory too. Rank 0 alone."""
+    """Tell ``found`` (see ``outcome.tell``), and leave it in the run directory too if no other job trains there.
+
+    Rank 0 alone.
+    """
     from hpctrain.doctor.job_table import render
 
     text = json.dumps(found.to_record(), indent=2, allow_nan=False)
     tell(text, lambda: render(found, warn=config.launch.slow_node == "warn"), json_file)
-    if run_dir is not None and run_dir.is_dir():
+    if run_dir is not None and run_dir.is_dir() and not held_by_another(run_dir):
         write_atomic(run_dir / FILE, text.encode() + b"\n")
 
 

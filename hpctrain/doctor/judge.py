@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from hpctrain.doctor.clocks import Reading, certain_difference_s
-from hpctrain.doctor.place import Place
+from hpctrain.doctor.place import RankPlace
 
 _CLOCKS_APART_S = 1.0
 _MOST_NAMED = 4
 
 
-def complaints(places: Sequence[Place], device: str) -> list[str]:
+def complaints(places: Sequence[RankPlace], device: str) -> list[str]:
     """All that must be mended before training; ``device`` is what train.device asks for."""
     told = [*_different_code(places)]
     for host in dict.fromkeys(place.host for place in places):
@@ -23,9 +23,9 @@ def complaints(places: Sequence[Place], device: str) -> list[str]:
     return told
 
 
-def clock_complaints(places: Sequence[Place], readings: Sequence[Reading]) -> Iterator[str]:
+def clock_complaints(places: Sequence[RankPlace], readings: Sequence[Reading]) -> Iterator[str]:
     """A sentence for each host whose clock differs from that of rank 0's by more than a second."""
-    first: dict[str, Place] = {}
+    first: dict[str, RankPlace] = {}
     for place in places:
         first.setdefault(place.host, place)
     for host, place in first.items():
@@ -37,28 +37,40 @@ def clock_complaints(places: Sequence[Place], readings: Sequence[Reading]) -> It
             )
 
 
-def unshared(places: Sequence[Place], seen: Sequence[bool], folder: str) -> Iterator[str]:
+def unshared(places: Sequence[RankPlace], seen: Sequence[bool], folder: str) -> Iterator[str]:
     """A sentence when some ranks did not find in the run directory what rank 0 had written there."""
     blind = list(dict.fromkeys(place.host for place, found in zip(places, seen, strict=True) if not found))
     if blind:
         yield (
-            f"the run directory {folder} is not shared: what rank 0 wrote on host {places[0].host} is not to be read "
+            f"the run directory {folder} is not shared: what rank 0 wrote on host {places[0].host} cannot be read "
             f"on {_some(blind)}: put it on a file system of all nodes (HPCTRAIN_RUNS, or --run-dir)"
         )
 
 
-def _different_code(places: Sequence[Place]) -> Iterator[str]:
+def locked_twice(places: Sequence[RankPlace], locked: Sequence[bool], folder: str) -> Iterator[str]:
+    """A sentence when some ranks were given a lock that rank 0 held on another host."""
+    given = list(dict.fromkeys(place.host for place, lock in zip(places, locked, strict=True) if lock))
+    if given:
+        yield (
+            f"a lock in the run directory {folder} counts on its own host only, as {_some(given)} showed, so that two "
+            "jobs may train in it at once: give each its own --run-dir, or have the file system mounted with locks for "
+            "all hosts (Lustre: flock, not localflock; NFS: local_lock=none)"
+        )
+
+
+def _different_code(places: Sequence[RankPlace]) -> Iterator[str]:
     first = places[0]
     for key, value in first.code.items():
-        other = next((place for place in places if place.code.get(key) != value), None)
-        if other is not None:
+        theirs = {place.host: str(place.code.get(key)) for place in places if place.code.get(key) != value}
+        if theirs:
             yield (
-                f"hosts {first.host} and {other.host} run different code: {key} is {value} and {other.code.get(key)}: "
-                "install one environment where all nodes see it, or the same on each"
+                f"hosts {first.host} and {_some(list(theirs))} run different code: {key} is {value} and "
+                f"{_some(sorted(set(theirs.values())))}: install one environment where all nodes see it, or the "
+                "same on each"
             )
 
 
-def _gpus(host: str, places: Sequence[Place], device: str) -> Iterator[str]:
+def _gpus(host: str, places: Sequence[RankPlace], device: str) -> Iterator[str]:
     used: dict[str, list[int]] = {}
     for place in places:
         if place.gpu:
@@ -84,14 +96,16 @@ def _gpus(host: str, places: Sequence[Place], device: str) -> Iterator[str]:
         )
 
 
-def _cores(host: str, places: Sequence[Place]) -> Iterator[str]:
+def _cores(host: str, places: Sequence[RankPlace]) -> Iterator[str]:
     allotted = min(place.cores_allotted for place in places)
     share = allotted // len(places)
+    # A core with several hardware threads is as many of Slurm's CPUs, but one core.
+    bound = [place for place in places if place.physical_cores == 1 and len(place.cores) < share]
     alone = [place for place in places if len(place.cores) == 1]
-    if alone and share > 1:
+    if bound:
         yield (
-            f"ranks {_some([place.rank for place in alone])} on host {host} are bound to one core each, of {allotted}: "
-            f"add --cpus-per-task={share} to srun, or --bind-to none to mpirun"
+            f"ranks {_some([place.rank for place in bound])} on host {host} are bound to one core each, where each "
+            f"could have {share} CPUs: add --cpus-per-task={share} to srun, or --bind-to none to mpirun"
         )
     elif alone and (alone[0].gpu or max(place.threads for place in alone) > 1):
         yield (

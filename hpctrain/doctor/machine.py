@@ -21,10 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from hpctrain import __version__
 from hpctrain.comm import registry
 from hpctrain.data import loaders as loader_registry
 from hpctrain.errors import UserError
+from hpctrain.topology.gpus import read_gpus
 from hpctrain.topology.probe import Probe
 from hpctrain.topology.ranks import Topology
 
@@ -68,14 +71,15 @@ def examine() -> Report:
         engines = tuple(pool.map(lambda name: ask(f"engine:{name}", name), registry.ENGINES))
         loaders = tuple(pool.map(lambda name: ask(f"loader:{name}", name), loader_registry.LOADERS))
     launchers = {name: path for name in LAUNCHERS if (path := shutil.which(name))}
-    gpus, gpu_problems = _gpus()
     sound = [f"engine:{answer.name}" for answer in engines if answer.ok]
     sound += [f"loader:{answer.name}" for answer in loaders if answer.ok]
+    installed = [distribution.name.lower() for distribution in importlib.metadata.distributions()]
     together, failure = _child("together", *sound)
     together = together or {"mapped": {}, "auto": [], "gpus": []}
     auto = tuple(Choice(**choice) for choice in together["auto"])
     problems = [f"loading all sound libraries in one process fails: {failure}"] if failure else []
-    problems += gpu_problems + distribution_problems() + mapping_problems(together["mapped"])
+    gpus, gpu_problems = _gpus(installed)
+    problems += gpu_problems + distribution_problems(installed) + mapping_problems(together["mapped"])
     problems += auto_problems(auto, engines, on_gpu=bool(together["gpus"]))
     if gpus and not together["gpus"]:
         problems.append("there are GPUs that torch cannot use: install a CUDA build of torch that fits their driver")
@@ -90,7 +94,7 @@ def ask(what: str, name: str) -> Probe:
     record, failure = _child("probe", what)
     if record is None:
         return Probe(name, ok=False, reason=failure, remedy=f"reinstall {name}, for the torch that is installed here")
-    return Probe.from_record(record)
+    return TypeAdapter(Probe).validate_python(record)
 
 
 def _child(*arguments: str) -> tuple[Any, str]:
@@ -119,8 +123,7 @@ def print_answer(arguments: Sequence[str]) -> None:
 
 def _probe(what: str) -> dict[str, Any]:
     kind, _, name = what.partition(":")
-    answer = registry.probe(name) if kind == "engine" else loader_registry.probe(name)
-    return answer.to_record()
+    return asdict(registry.probe(name) if kind == "engine" else loader_registry.probe(name))
 
 
 def _together(*sound: str) -> dict[str, Any]:
@@ -163,10 +166,8 @@ def mapping_problems(mapped: Mapping[str, Sequence[str]]) -> list[str]:
     ]
 
 
-def distribution_problems(names: Sequence[str] | None = None) -> list[str]:
+def distribution_problems(names: Sequence[str]) -> list[str]:
     """A sentence for each set of installed distributions that get in each other's way."""
-    if names is None:
-        names = [distribution.name.lower() for distribution in importlib.metadata.distributions()]
     problems = []
     for pattern, what in (
         (r"nvidia-nccl-cu\d+", "NCCL"),
@@ -208,33 +209,22 @@ def _machine() -> dict[str, str]:
     }
 
 
-def _gpus() -> tuple[tuple[str, ...], list[str]]:
+def _gpus(installed: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
     """One line a GPU by NVML, and what is wrong with the driver. Nothing where there is no NVML or no driver."""
     try:
-        import pynvml
-    except ModuleNotFoundError:
+        gpus = read_gpus()
+    except LookupError:
         return (), []
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return (), []
-    try:
-        driver, cuda = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        lines = tuple(
-            f"{pynvml.nvmlDeviceGetName(handle)}, {pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30:.0f} GiB, "
-            f"driver {driver}, CUDA up to {cuda // 1000}.{cuda % 1000 // 10}"
-            for handle in handles
-        )
-        return lines, dali_problems(cuda // 1000) if lines else []
-    finally:
-        pynvml.nvmlShutdown()
+    driver = f"driver {gpus.driver}, CUDA up to {gpus.cuda[0]}.{gpus.cuda[1]}"
+    lines = tuple(
+        f"{name}, {memory_bytes / 2**30:.0f} GiB, {driver}"
+        for name, memory_bytes in zip(gpus.names, gpus.memory_bytes, strict=True)
+    )
+    return lines, dali_problems(gpus.cuda[0], installed) if lines else []
 
 
-def dali_problems(driver_cuda: int, names: Sequence[str] | None = None) -> list[str]:
+def dali_problems(driver_cuda: int, names: Sequence[str]) -> list[str]:
     """A sentence when the DALI installed is for a newer CUDA than the driver's, whose major version is given."""
-    if names is None:
-        names = [distribution.name.lower() for distribution in importlib.metadata.distributions()]
     wheels = [match for name in names if (match := re.fullmatch(r"nvidia-dali-cuda(\d+)0", name))]
     return [
         f"{wheel[0]} needs a newer driver than this one (CUDA {driver_cuda}): install nvidia-dali-cuda{driver_cuda}0"

@@ -9,10 +9,9 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,16 +19,18 @@ import hpctrain
 from hpctrain.topology.network import interface_towards
 from hpctrain.topology.ranks import Topology
 
+_CPUS = Path("/sys/devices/system/cpu")
 _NODES = Path("/sys/devices/system/node")
 _INFINIBAND = Path("/sys/class/infiniband")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankPlace:
     """One rank's place. ``node`` is the host's name in Slurm's lists; ``gpus`` the UUIDs in sight, ``gpu`` that in use.
 
     ``gpus_allotted`` and ``cores_allotted`` are what the job has of the host, ``cores`` the numbers of those this
-    rank is bound to, ``threads`` how many it was asked to use. ``card`` is the interface towards rank 0.
+    rank is bound to, as Linux and Slurm count them: hardware threads, of which ``physical_cores`` may have several.
+    ``threads`` are how many it was asked to use. ``card`` is the interface towards rank 0.
     """
 
     rank: int
@@ -40,29 +41,20 @@ class Place:
     gpus: tuple[str, ...]
     gpus_allotted: int
     cores: tuple[int, ...]
+    physical_cores: int
     cores_allotted: int
     threads: int
     numa: tuple[int, ...]
     card: str
     code: Mapping[str, str]
 
-    def to_record(self) -> dict[str, Any]:
-        """The same as JSON values."""
-        return asdict(self)
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Place:
-        """The place that ``to_record`` wrote, before or after JSON."""
-        sequences = {name: tuple(record[name]) for name in ("gpus", "cores", "numa")}
-        return cls(**{**record, **sequences})
-
-
-def own_place(topology: Topology, device: torch.device, first_host: str, threads: int | None) -> Place:
+def own_place(topology: Topology, device: torch.device, first_host: str, threads: int | None) -> RankPlace:
     """The place of this process. ``first_host`` is that of rank 0, ``threads`` what data.threads says."""
     cores = sorted(os.sched_getaffinity(0))
     on_gpu = device.type == "cuda"
     sight = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return Place(
+    return RankPlace(
         rank=topology.rank,
         host=topology.host,
         node=os.environ.get("SLURMD_NODENAME") or topology.host,
@@ -71,6 +63,7 @@ def own_place(topology: Topology, device: torch.device, first_host: str, threads
         gpus=tuple(_uuid(index) for index in range(sight)),
         gpus_allotted=_number("SLURM_GPUS_ON_NODE"),
         cores=tuple(cores),
+        physical_cores=physical_cores(cores),
         cores_allotted=min(_number("SLURM_CPUS_ON_NODE") or 1 << 30, os.cpu_count() or len(cores)),
         threads=max(threads or 1, _number("OMP_NUM_THREADS"), 1),
         numa=numa_nodes(cores),
@@ -87,6 +80,18 @@ def _number(variable: str) -> int:
 
 def _uuid(index: int) -> str:
     return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+
+def physical_cores(cores: Sequence[int], root: Path = _CPUS) -> int:
+    """How many cores the hardware threads ``cores`` belong to; each to its own where the kernel does not tell."""
+    return len({_siblings(root / f"cpu{core}/topology/thread_siblings_list") or str(core) for core in cores})
+
+
+def _siblings(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def numa_nodes(cores: list[int], root: Path = _NODES) -> tuple[int, ...]:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,16 +45,6 @@ class Pace:
     product_s: float
     checksum: float
     sums: tuple[Sum, ...]
-
-    def to_record(self) -> dict[str, Any]:
-        """The same as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Pace:
-        """The pace that ``to_record`` wrote, before or after JSON."""
-        sums = tuple(Sum(**{**one, "hosts": tuple(one["hosts"])}) for one in record["sums"])
-        return cls(record["product_s"], record["checksum"], sums)
 
 
 def measure(comm: Communicator, hosts: Sequence[str]) -> Pace:

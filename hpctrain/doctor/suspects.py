@@ -1,7 +1,7 @@
 """Which nodes are slow or broken, from the figures of all ranks: pure, and the same on every rank.
 
 A figure is held against the median of its kind, since most nodes are sound. A sum of two nodes is as slow as the
-slower of them, so a node is called slow by sums only where all sums that it took part in are.
+slower of them, so that a node is judged by the best of the sums that it took part in.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hpctrain.doctor.place import Place
+from hpctrain.doctor.place import RankPlace
 from hpctrain.doctor.speed import Pace, Sum
 
 #: Times the median from which a figure is called slow. GPUs of one kind agree within a few percent, CPUs whose pace
@@ -29,7 +29,7 @@ class Suspect:
     broken: bool
 
 
-def find_suspects(places: Sequence[Place], paces: Sequence[Pace], device_type: str) -> list[Suspect]:
+def find_suspects(places: Sequence[RankPlace], paces: Sequence[Pace], device_type: str) -> list[Suspect]:
     """The suspects in order of hosts; all lists by rank."""
     factor = _SLOW[device_type]
     found: dict[str, list[tuple[str, bool]]] = {}
@@ -61,10 +61,10 @@ def sentence(suspects: Sequence[Suspect]) -> str:
         f"{suspect.host} is {'broken' if suspect.broken else 'slow'} ({suspect.reason})" for suspect in suspects
     )
     nodes = ",".join(suspect.node for suspect in suspects)
-    return f"{named}: submit again with --exclude={nodes}"
+    return f"{named}: submit again with --exclude={nodes} (`hpctrain submit` takes it behind `--`)"
 
 
-def _wrong(places: Sequence[Place], paces: Sequence[Pace]) -> Iterator[tuple[str, str, bool]]:
+def _wrong(places: Sequence[RankPlace], paces: Sequence[Pace]) -> Iterator[tuple[str, str, bool]]:
     usual, _ = Counter(pace.checksum for pace in paces).most_common(1)[0]
     for place, pace in zip(places, paces, strict=True):
         if pace.checksum != usual:
@@ -76,7 +76,9 @@ def _wrong(places: Sequence[Place], paces: Sequence[Pace]) -> Iterator[tuple[str
                 yield host, f"sums come out wrong {_with(host, sums)}", True
 
 
-def _slow_products(places: Sequence[Place], paces: Sequence[Pace], factor: float) -> Iterator[tuple[str, str, bool]]:
+def _slow_products(
+    places: Sequence[RankPlace], paces: Sequence[Pace], factor: float
+) -> Iterator[tuple[str, str, bool]]:
     usual_s = statistics.median_low([pace.product_s for pace in paces])
     worst: dict[str, tuple[float, int]] = {}
     for place, pace in zip(places, paces, strict=True):
@@ -87,15 +89,16 @@ def _slow_products(places: Sequence[Place], paces: Sequence[Pace], factor: float
 
 
 def _slow_sums(paces: Sequence[Pace], factor: float) -> Iterator[tuple[str, str, bool]]:
-    """Hosts all of whose sums of one kind are slow, where some are not."""
+    """Hosts whose best sum of one kind is slow beside the best sums of the others."""
     for sums in _by_kind(paces):
         if not sums:
             continue
-        usual_s = statistics.median_low([one.seconds for one in sums])
-        for host in _hosts(sums):
-            best_s = min(one.seconds for one in sums if host in one.hosts)
-            if best_s > factor * usual_s:
-                yield host, f"takes {_times(best_s, usual_s)} for a sum {_with(host, sums)}", False
+        best_s = {host: min(one.seconds for one in sums if host in one.hosts) for host in _hosts(sums)}
+        # Of the sums themselves most are slow where three hosts have one slow cable among them.
+        usual_s = statistics.median_low(best_s.values())
+        for host, seconds in best_s.items():
+            if seconds > factor * usual_s:
+                yield host, f"takes {_times(seconds, usual_s)} for a sum {_with(host, sums)}", False
 
 
 def _by_kind(paces: Sequence[Pace]) -> tuple[list[Sum], list[Sum]]:

@@ -23,6 +23,7 @@ import psutil
 
 import hpctrain
 from hpctrain.metrics.container import container, container_sha256
+from hpctrain.topology.gpus import read_gpus
 
 #: distributions whose versions are recorded; of DALI, CuPy and NCCL at most one build is installed
 DISTRIBUTIONS = (
@@ -151,19 +152,5 @@ def _cpu() -> dict[str, Any]:
 
 def _gpus() -> dict[str, Any]:
     """Names and driver of this host's GPUs."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return {
-            "names": [_text(pynvml.nvmlDeviceGetName(handle)) for handle in handles],
-            "driver": _text(pynvml.nvmlSystemGetDriverVersion()),
-        }
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _text(value: str | bytes) -> str:
-    """NVML's bindings gave bytes before version 11.5."""
-    return value.decode() if isinstance(value, bytes) else value
+    gpus = read_gpus()
+    return {"names": list(gpus.names), "driver": gpus.driver}

@@ -7,9 +7,7 @@ raises: a library that is missing or unfit is an answer. ``hpctrain doctor`` cal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +25,3 @@ class Probe:
     built_with: tuple[str, ...] = ()
     reason: str = ""
     remedy: str = ""
-
-    def to_record(self) -> dict[str, Any]:
-        """The same as JSON values."""
-        return {**asdict(self), "built_with": list(self.built_with)}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Probe:
-        """The probe that ``to_record`` wrote."""
-        return cls(**{**record, "built_with": tuple(record["built_with"])})

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from hpctrain import cli
-from hpctrain.doctor import clocks, job, speed
-from hpctrain.doctor.place import Place
+from hpctrain.doctor import clocks, job, shared, speed
+from hpctrain.doctor.place import RankPlace
 from hpctrain.topology.ranks import Topology
 
 #: far above what a busy machine adds to a product of some milliseconds
@@ -29,7 +29,7 @@ def main() -> None:
     sys.argv = ["hpctrain", *sys.argv[3:]]
     own_place, multiply = job.own_place, speed.multiply
 
-    def place_alone(topology: Topology, *details: Any) -> Place:
+    def place_alone(topology: Topology, *details: Any) -> RankPlace:
         if topology.rank == rank:
             spoil(fault)
         gpu = "GPU-1" if fault == "misplaced" and topology.rank in (0, rank) else ""
@@ -42,7 +42,7 @@ def main() -> None:
         elif fault == "early":
             clocks.time = SimpleNamespace(time=lambda: time.time() + _AHEAD_S)  # type: ignore[assignment]
         else:
-            job._reads = lambda path: False
+            shared._reads = lambda path: False
 
     def slow(matrix: Tensor, output: Tensor) -> None:
         time.sleep(_SLOW_S)
