@@ -39,14 +39,24 @@ def train_command(
     requests = requests or Requests()
     with open_session(config.comm, config.train.device, requests.asked) as session:
         path = on_rank_zero(session.comm, lambda: str(run_dir or default_run_dir(name)))
-        run = RunDirectory(Path(path))
-        on_rank_zero(session.comm, lambda: run.open(config.comm.timeout_s + KILL_WAIT_S))
+        run = open_run(session, Path(path), config.comm.timeout_s + KILL_WAIT_S)
         try:
             finished = train(config, session, run, resume, name, requests)
         finally:
             run.close()
     if not finished:
         raise SystemExit(PREEMPTED)
+
+
+def open_run(session: Session, path: Path, earlier_start_s: float) -> RunDirectory:
+    """The run directory ``path``, locked by rank 0. Collective.
+
+    However long an earlier start of this job takes to give it back, the ranks show signs of life meanwhile.
+    """
+    run = RunDirectory(path)
+    while not on_rank_zero(session.comm, lambda: run.open(earlier_start_s)):
+        session.watch.beat(0, "start")
+    return run
 
 
 def eval_command(path: Path, overrides: list[str], json_file: Path | None) -> None:

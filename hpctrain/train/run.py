@@ -17,12 +17,13 @@ from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.preempt import Requests
 from hpctrain.launch.timelimit import TimeLimit, job_end_s
 from hpctrain.metrics.jsonfiles import write_atomic
+from hpctrain.metrics.launches import read_launches
 from hpctrain.metrics.progress import Display, make_display
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.metrics.steplog import StepLog
 from hpctrain.train.build import Feeds, build_feeds, build_parts, open_data, plan_for
 from hpctrain.train.journal import Journal, Sink
-from hpctrain.train.launches import Launches, read_launches
+from hpctrain.train.launches import Launches
 from hpctrain.train.loop import Loop
 from hpctrain.train.resume import choose_checkpoint, restore
 from hpctrain.train.rundir import RunDirectory
@@ -36,7 +37,8 @@ from hpctrain.train.summary import finish
 def train(config: Config, session: Session, run: RunDirectory, resume: str, title: str, requests: Requests) -> bool:
     """Train until the run is finished (True), or until ``requests`` end this launch before that (False). Collective.
 
-    Either way the last checkpoint is written when this returns.
+    Either way the last checkpoint is written when this returns. After an error one may still be under way: then the
+    run directory stays locked until this process ends.
     """
     comm = session.comm
     check_same_config(comm, config)
@@ -64,9 +66,10 @@ def train(config: Config, session: Session, run: RunDirectory, resume: str, titl
             return True
         return _Launch(loop, feeds, display, requests).go({"engine_choice": session.engine_reason}, provenance, title)
     finally:
+        if not saver.close():
+            run.keep_locked()
         journal.close()
         feeds.close()
-        saver.close()
         parts.exchange.close()
 
 

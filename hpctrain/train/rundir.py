@@ -9,7 +9,6 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 from hpctrain.errors import MachineError, UserError
 from hpctrain.metrics.layout import CHECKPOINTS, CONFIG_FILE, RECORD_FILE
@@ -17,6 +16,9 @@ from hpctrain.metrics.layout import CHECKPOINTS, CONFIG_FILE, RECORD_FILE
 _LOCK_NAME = ".lock"
 #: A job that was stopped may take this long to die, after its launcher has ended and the next one begun.
 _PATIENCE_S = 5.0
+_LOOK_S = 0.5
+#: what flock says where a file system is mounted without locks, or its lock server is not there
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def default_run_dir(name: str) -> Path:
@@ -32,7 +34,8 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None
+        self._asked_s: float | None = None
 
     @property
     def config(self) -> Path:
@@ -62,32 +65,34 @@ class RunDirectory:
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
-    def open(self, earlier_start_s: float = _PATIENCE_S) -> None:
-        """Make the folder and take its lock; an earlier start of this Slurm job may take ``earlier_start_s`` to die.
+    def open(self, earlier_start_s: float = _PATIENCE_S) -> bool:
+        """Make the folder and take its lock; False, half a second later, where its holder may still go: call it again.
 
         Slurm starts a job again while ranks of its last start may still be alive, on a node that it cannot reach: these
-        end when they have waited for their peers for long enough.
+        end when they have waited for their peers for long enough, within ``earlier_start_s`` from the first call.
 
-        Raises UserError when it cannot be written to or another job holds it, MachineError when the disk is full.
+        Raises UserError when it cannot be written to or locked or another job holds it, MachineError when the disk is
+        full.
         """
+        now_s = time.monotonic()
+        if self._asked_s is None:
+            self._asked_s = now_s
+        path = self.path / _LOCK_NAME
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / _LOCK_NAME, "a+")  # noqa: SIM115 - held until close()
+            self._lock = _try_lock(path)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        try:
-            _lock_patiently(lock, _of_this_job(), earlier_start_s)
-        except BlockingIOError as error:
-            holder = _holder(lock)
-            lock.close()
-            raise in_use(self.path, holder) from error
-        except OSError as error:
-            lock.close()
-            raise MachineError(f"cannot lock the run directory {self.path}: {error.strerror}") from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on host {socket.gethostname()}{_of_this_job()}\n")
-        lock.flush()
-        self._lock = lock
+        if self._lock is None:
+            holder = _holder(path)
+            if now_s - self._asked_s >= (earlier_start_s if _is_of_this_job(holder) else _PATIENCE_S):
+                raise in_use(self.path, holder)
+            time.sleep(_LOOK_S)
+            return False
+        self._asked_s = None
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, f"process {os.getpid()} on host {socket.gethostname()}{_of_this_job()}\n".encode())
+        return True
 
     def forget_record(self) -> None:
         """Remove the record of an earlier end, since the run goes on."""
@@ -96,8 +101,12 @@ class RunDirectory:
     def close(self) -> None:
         """Give the lock back."""
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
+
+    def keep_locked(self) -> None:
+        """Leave the lock to the kernel, which gives it back when this process ends."""
+        self._lock = None
 
 
 def held_by_another(path: Path) -> str | None:
@@ -109,8 +118,8 @@ def held_by_another(path: Path) -> str | None:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder, of_this_job = _holder(lock), _of_this_job()
-            return None if of_this_job and holder.endswith(of_this_job) else holder
+            holder = _holder(path / _LOCK_NAME)
+            return None if _is_of_this_job(holder) else holder
     return None
 
 
@@ -119,28 +128,46 @@ def in_use(path: Path, holder: str) -> UserError:
     return UserError(f"run directory {path} is in use by {holder}; wait for that job or give another --run-dir")
 
 
+def no_locks(path: Path, error: OSError) -> UserError:
+    """What is said of a run directory ``path`` whose file system knows no locks."""
+    return UserError(
+        f"the file system of the run directory {path} has no locks ({error.strerror}), which keep a second job "
+        "out: have it mounted with them (Lustre: -o flock), or take another one (HPCTRAIN_RUNS, or --run-dir)"
+    )
+
+
 def _of_this_job() -> str:
-    """How the Slurm job around this process is told in the lock, nothing outside of one."""
-    job = os.environ.get("SLURM_JOB_ID")
+    """How the Slurm job around this process is told in the lock, the tasks of an array being one job; nothing outside
+    of one."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     return f" of job {job}" if job else ""
 
 
-def _holder(lock: IO[str]) -> str:
-    lock.seek(0)
-    return lock.read().strip() or "an unknown process"
+def _is_of_this_job(holder: str) -> bool:
+    of_this_job = _of_this_job()
+    return bool(of_this_job) and holder.endswith(of_this_job)
 
 
-def _lock_patiently(lock: IO[str], of_this_job: str, earlier_start_s: float) -> None:
-    """Take the lock; raises BlockingIOError when the holder's time has come to an end and it is still held."""
-    began = time.monotonic()
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            is_earlier_start = of_this_job and _holder(lock).endswith(of_this_job)
-            if time.monotonic() - began >= (earlier_start_s if is_earlier_start else _PATIENCE_S):
-                raise
-            time.sleep(0.2)
+def _holder(path: Path) -> str:
+    return path.read_text().strip() or "an unknown process"
+
+
+def _try_lock(path: Path) -> int | None:
+    """A descriptor of the file ``path`` that locks it until it is closed, or None where another process does.
+
+    It is a plain number so that nothing else closes it, however the program fails.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return None
+        if error.errno in _WITHOUT_LOCKS:
+            raise no_locks(path.parent, error) from error
+        raise MachineError(f"cannot lock the run directory {path.parent}: {error.strerror}") from error
+    return descriptor
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError | MachineError:

@@ -63,6 +63,7 @@ class Saver:
         parts, started_s = self._parts, time.monotonic()
         if self.samples is not None:
             self.samples.flush()  # on all ranks before rank 0 can write: the comparison makes it wait for them
+        parts.comm.arrive()
         check_replicas(parts.comm, parts.model.named_parameters())
         average_buffers(parts.comm, parts.model)
         checkpoint = capture(parts, progress)
@@ -84,11 +85,15 @@ class Saver:
         while not on_rank_zero(self._parts.comm, lambda: self._writer.finished(_LOOK_S)):
             self._parts.clock.enter("checkpoint")
 
-    def close(self) -> None:
-        """On the way out of an error: give a sound checkpoint the time to be written, and close the sample log."""
-        self._writer.idle(_PATIENCE_S)
+    def close(self) -> bool:
+        """On the way out of an error: give a sound checkpoint the time to be written, and close the sample log.
+
+        Whether nothing is being written any more.
+        """
+        idle = self._writer.idle(_PATIENCE_S)
         if self.samples is not None:
             self.samples.close()
+        return idle
 
     @property
     def writing(self) -> bool:

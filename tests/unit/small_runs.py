@@ -128,7 +128,7 @@ def run_on(world_size: int, config: Config, folder: Path, resume: str = "auto") 
 
     def rank(comm: FakeCommunicator) -> None:
         run = RunDirectory(folder)
-        on_rank_zero(comm, run.open)
+        assert on_rank_zero(comm, run.open)
         try:
             train(config, session_of(comm), run, resume, "test", Requests())
         finally:

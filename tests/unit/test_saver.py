@@ -16,11 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpctrain.errors import MachineError
+from hpctrain.errors import MachineError, UserError
 from hpctrain.train import loop as loop_module
 from hpctrain.train import writer as module
 from hpctrain.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hpctrain.train.interval import best_interval_s, interval_steps
+from hpctrain.train.rundir import RunDirectory
 from hpctrain.train.saver import Saver
 from hpctrain.train.writer import CheckpointWriter
 from tests.unit.small_runs import parts_of, recipe, record_of, run_here, run_on, saved_steps
@@ -128,6 +129,34 @@ def test_a_full_disk_ends_the_run_at_the_next_save(
     with pytest.raises(MachineError, match="cannot write checkpoint x: No space left on device"):
         run_on(world_size, config, tmp_path)
     assert calls == [1], "steps 11 to 20 were taken, and the save after them told"
+
+
+def test_an_error_leaves_the_directory_locked_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next start would take it, and two would write there."""
+    monkeypatch.setattr("hpctrain.train.saver._PATIENCE_S", 0.0)
+    monkeypatch.setattr("hpctrain.train.rundir._PATIENCE_S", 0.0)
+    release = threading.Event()
+    slow_save(monkeypatch, lambda: release.wait(60))
+    original = loop_module.train_step
+
+    def step(parts: Any, batches: Any, number: int) -> torch.Tensor:
+        if number == 15:
+            raise MachineError("a device has failed")
+        return original(parts, batches, number)
+
+    monkeypatch.setattr(loop_module, "train_step", step)
+    with pytest.raises(MachineError, match="a device has failed"):
+        run_here(recipe(), tmp_path / "run")
+    with pytest.raises(UserError, match="is in use by process"):
+        RunDirectory(tmp_path / "run").open()
+    release.set()
+    with pytest.raises(MachineError, match="a device has failed"):
+        run_here(recipe(checkpoint={"every_steps": 100}), tmp_path / "free")
+    free = RunDirectory(tmp_path / "free")
+    assert free.open(), "nothing was being written there"
+    free.close()
 
 
 def test_a_failed_last_write_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
