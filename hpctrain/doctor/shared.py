@@ -15,7 +15,7 @@ from pathlib import Path
 from hpctrain.comm.agree import on_rank_zero
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import UserError
-from hpctrain.train.rundir import held_by_another, in_use
+from hpctrain.train.rundir import held_by_another, in_use, no_locks
 
 #: A file that was written elsewhere may take a network file system so long to show, and a job so long to end.
 _PATIENCE_S = 5.0
@@ -69,10 +69,7 @@ def _make_token(run_dir: Path, held: ExitStack) -> str:
         fcntl.flock(token, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         (run_dir / name).unlink()
-        raise UserError(
-            f"the file system of the run directory {run_dir} has no locks ({error.strerror}), which keep a second job "
-            "out: have it mounted with them (Lustre: -o flock), or take another one (HPCTRAIN_RUNS, or --run-dir)"
-        ) from error
+        raise no_locks(run_dir, error) from error
     return name
 
 
