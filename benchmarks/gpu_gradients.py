@@ -24,12 +24,12 @@ import torch
 
 from benchmarks.ranks import conclude, parser
 from hpctrain.arena import ALIGNMENT_BYTES
-from hpctrain.bench.blocks import Spread
 from hpctrain.config.schema import ResNetConfig
 from hpctrain.kernels.base import Kernels, Piece
 from hpctrain.kernels.registry import kernels_for
 from hpctrain.metrics.clock import synchronise
 from hpctrain.metrics.provenance import Provenance
+from hpctrain.metrics.spread import Spread
 from hpctrain.models.registry import build_model
 
 BAR_US = 45.0

@@ -33,10 +33,10 @@ from typing import Any
 
 from benchmarks.launching_rank import STEP_S
 from benchmarks.launching_timeline import medians, read_marks, split
-from hpctrain.bench.blocks import Spread
 from hpctrain.bench.command import write_result
 from hpctrain.data.digits import make_digits
 from hpctrain.metrics.provenance import Provenance
+from hpctrain.metrics.spread import Spread
 from tests.cluster.slurm import Slurm, slurm_obstacle
 from tests.cluster.training import ROOT, submit
 from tests.parallel.launch import launch

@@ -21,11 +21,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hpctrain.bench.blocks import Spread
 from hpctrain.bench.command import write_result
 from hpctrain.bench.gradients.groups import GROUPS, OURS, group_named
 from hpctrain.bench.gradients.measure import TOLERANCE
 from hpctrain.metrics.provenance import Provenance
+from hpctrain.metrics.spread import Spread
 from tests.cluster.cluster import Cluster, obstacle
 from tests.cluster.flows import payload_rate
 from tests.cluster.jobs import launch_on

@@ -18,9 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hpctrain.bench.blocks import Spread
 from hpctrain.bench.command import write_result
 from hpctrain.metrics.provenance import Provenance
+from hpctrain.metrics.spread import Spread
 from tests.cluster.cluster import Cluster, obstacle
 from tests.cluster.jobs import launch_on
 

@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from hpctrain.comm.base import Communicator
 from hpctrain.metrics.clock import synchronise
 
@@ -31,20 +29,6 @@ class Sample:
 
     step_s: float
     cpu_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Median, 5th and 95th percentile."""
-
-    median: float
-    p5: float
-    p95: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        p5, median, p95 = np.percentile(values, [5, 50, 95]).tolist()
-        return cls(median, p5, p95)
 
 
 def run_block(variant: Variant, comm: Communicator, steps: int, tick: Callable[[], None]) -> Sample:

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 
-from hpctrain.bench.blocks import Spread
 from hpctrain.config.schema import DataConfig
 from hpctrain.data.dali import IN_WORK, build_bare_pipeline
 from hpctrain.data.feed import Share, train_requests
@@ -25,6 +24,7 @@ from hpctrain.data.loaders import make_loader
 from hpctrain.data.sampler import EpochOrder
 from hpctrain.data.types import Loader, Request
 from hpctrain.errors import MachineError, UserError
+from hpctrain.metrics.spread import Spread
 
 SCHEMA = 1
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from hpctrain.bench.blocks import Sample, Spread, ratios
+from hpctrain.bench.blocks import Sample, ratios
 from hpctrain.bench.variants import Variant
+from hpctrain.metrics.spread import Spread
 
 SCHEMA = 1
 

@@ -14,14 +14,12 @@ those of a record are. Every repeat counts.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from hpctrain.errors import UserError
+from hpctrain.metrics.spread import Spread, robust_deviation
 from hpctrain.scaling.runs import Run, Size
 
 #: A repeat is told as an outlier when it is this many standard deviations off, by the median absolute deviation
@@ -45,8 +43,8 @@ class Point:
 
     @classmethod
     def of(cls, size: Size, runs: Sequence[Run]) -> Point:
-        p5, median, p95 = np.percentile([run.rate for run in runs], [5, 50, 95]).tolist()
-        return cls(size, tuple(runs), median, p5, p95)
+        rates = Spread.of([run.rate for run in runs])
+        return cls(size, tuple(runs), rates.median, rates.p5, rates.p95)
 
     def units(self, unit: Unit) -> int:
         """Workers or nodes of this size."""
@@ -117,8 +115,7 @@ def outliers(point: Point) -> list[tuple[Run, float]]:
     if len(point.runs) < _OUTLIER_REPEATS:
         return []
     deviations = [(run, run.rate - point.rate) for run in point.runs]
-    # 1.4826 times the median absolute deviation estimates the standard deviation of normal values.
-    sigma = 1.4826 * statistics.median(abs(deviation) for _, deviation in deviations)
+    sigma = robust_deviation([run.rate for run in point.runs])
     return [
         (run, deviation / point.rate)
         for run, deviation in deviations

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hpctrain.bench import command, step, variants
-from hpctrain.bench.blocks import WARMUP_STEPS, Sample, Spread, run_block, run_rounds
+from hpctrain.bench.blocks import WARMUP_STEPS, Sample, run_block, run_rounds
 from hpctrain.bench.report import compare, sentence
 from hpctrain.bench.variants import Variant
 from hpctrain.bench.verify import VERIFIED_STEPS, difference, snapshot, verify
@@ -186,11 +186,6 @@ def test_the_sentence_tells_figures_and_what_is_missing() -> None:
     told = sentence(compare({"hpctrain": of(0.9), "bare": of(1.0)}), {"horovod": "no reason"})
     assert "takes 10.0% less time" in told
     assert told.endswith("; horovod was not measured: no reason.")
-
-
-def test_spread_of_one_and_of_many() -> None:
-    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
-    assert Spread.of(list(range(101))) == Spread(50.0, 5.0, 95.0)
 
 
 def test_difference_is_a_share_of_the_way() -> None:

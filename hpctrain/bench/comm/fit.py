@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.bench.blocks import Spread
+from hpctrain.metrics.spread import Spread
 
 Floats = NDArray[np.float64]
 

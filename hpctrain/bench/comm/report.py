@@ -7,11 +7,11 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
-from hpctrain.bench.blocks import Spread
 from hpctrain.bench.comm.fit import fit
 from hpctrain.bench.comm.measure import Cell, Samples
 from hpctrain.bench.comm.operations import OPERATIONS, Case
 from hpctrain.bench.comm.sizes import tell
+from hpctrain.metrics.spread import Spread
 
 _GB = 1e9
 #: share of CPU time given to other machines above which figures are not to be trusted

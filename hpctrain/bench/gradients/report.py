@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from hpctrain.bench.blocks import Spread
 from hpctrain.bench.gradients.groups import PEERS, group_named
 from hpctrain.bench.gradients.measure import (
     FORMATS,
@@ -17,6 +16,7 @@ from hpctrain.bench.gradients.measure import (
     describe_settings,
     ratios_to_ours,
 )
+from hpctrain.metrics.spread import Spread
 
 SCHEMA = 1
 

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hpctrain.bench.blocks import Sample, Spread, ratios
+from hpctrain.bench.blocks import Sample, ratios
 from hpctrain.bench.gradients.measure import Bench, Contest
 from hpctrain.config.dialect import dump_yaml
 from hpctrain.metrics.jsonfiles import write_atomic
+from hpctrain.metrics.spread import Spread
 
 #: sizes tried beside the configured ones
 SIZES_MIB = {"bucket_mib": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0), "last_bucket_mib": (0.25, 0.5, 1.0, 2.0, 4.0)}
