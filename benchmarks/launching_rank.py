@@ -20,14 +20,14 @@ from hpctrain.config.comm import CommConfig
 from hpctrain.config.schema import LogConfig
 from hpctrain.launch.preempt import Requests
 from hpctrain.launch.timelimit import TimeLimit
-from hpctrain.metrics.clock import Phase, PhaseClock
-from hpctrain.metrics.stragglers import OWN_PHASES, StragglerWatch
+from hpctrain.metrics.clock import PhaseClock
+from hpctrain.metrics.stragglers import StragglerWatch
+from hpctrain.topology.phases import OWN_PHASES, STEP_PHASES
 from hpctrain.train.session import Session, open_session
 from tests.parallel.launch import report
 
 STEP_S = 0.02
 _SIDE = 192
-_PHASES: tuple[Phase, ...] = ("data", "forward", "backward", "exchange", "optimizer")
 _CALLS = 2000
 _HOUR_S = 3600.0
 
@@ -45,10 +45,10 @@ class Steps:
 
     def run(self, number: int) -> None:
         """Take one step. Its phases are equally long."""
-        ends = time.perf_counter() + STEP_S * np.arange(1, 1 + len(_PHASES)) / len(_PHASES)
+        ends = time.perf_counter() + STEP_S * np.arange(1, 1 + len(STEP_PHASES)) / len(STEP_PHASES)
         self.turns_s.append(seconds_of(self._turns.begin))
         phases_s = seconds_of(lambda: self._clock.step(number))
-        for phase, end in zip(_PHASES, ends.tolist(), strict=True):
+        for phase, end in zip(STEP_PHASES, ends.tolist(), strict=True):
             phases_s += seconds_of(partial(self._clock.enter, phase))
             while time.perf_counter() < end:
                 torch.mm(self._matrix, self._matrix)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -85,6 +86,9 @@ class Communicator(ABC):
         self.topology = topology
         self.device = device
         self._subgroups: dict[tuple[int, ...], Communicator | None] = {}
+        #: called where this rank's own work is done and it comes to wait for the others: before each exchange of small
+        #: values, and by the program before other collectives outside of a step. For whoever watches over the ranks.
+        self.arrive: Callable[[], None] = _nobody_watches
 
     @property
     def rank(self) -> int:
@@ -159,12 +163,20 @@ class Communicator(ABC):
     def close(self) -> None:
         """Give the engine's resources back. Collective; nothing may be under way."""
 
+    def dump_trace(self) -> Path | None:
+        """Write what the engine itself has recorded of its collectives to a file; None where it records nothing.
+
+        For a job that hangs, whose end it may delay: it waits for no other rank. Raises RuntimeError or OSError.
+        """
+        return None
+
     def versions(self) -> dict[str, str]:
         """What the engine runs on, for records: library name to version."""
         return {}
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """The values of all ranks, in rank order. ``value`` must survive JSON."""
+        self.arrive()
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
         mine = torch.tensor([payload.numel()], dtype=torch.int64, device=self.device)
@@ -179,6 +191,7 @@ class Communicator(ABC):
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """The value of rank ``root``, on every rank; what the others pass is ignored."""
+        self.arrive()
         encoded = json.dumps(value).encode() if self.rank == root else b""
         size = torch.tensor([len(encoded)], dtype=torch.int64, device=self.device)
         self.broadcast_(size, root).wait()
@@ -187,3 +200,7 @@ class Communicator(ABC):
             buffer.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
         self.broadcast_(buffer, root).wait()
         return json.loads(bytes(buffer.cpu().numpy()))
+
+
+def _nobody_watches() -> None:
+    return

@@ -74,6 +74,8 @@ class CupyNcclCommunicator(Communicator):
     def __init__(self, host: Communicator, device: torch.device, nccl: Any, comm: Any, stream: Any) -> None:
         super().__init__(host.topology, device)
         self._host, self._nccl, self._comm, self._stream = host, nccl, comm, stream
+        # CuPy for an older NCCL knows no bfloat16.
+        self.reducible = tuple(dtype for dtype, name in _REDUCIBLE.items() if hasattr(nccl, name))
 
     def all_reduce_(self, buffer: Tensor, op: Op = "sum") -> Work:
         kind, native = self._reducible(buffer), getattr(self._nccl, _OPS[op])
@@ -133,9 +135,11 @@ class CupyNcclCommunicator(Communicator):
         return {**self._host.versions(), "cupy": cupy.__version__, "nccl": str(self._nccl.get_version())}
 
     def all_gather_object(self, value: Any) -> list[Any]:
+        self.arrive()
         return self._host.all_gather_object(value)
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        self.arrive()
         return self._host.broadcast_object(value, root)
 
     def _exchange(self, output: Tensor, buffer: Tensor, stream: int) -> None:
@@ -157,8 +161,7 @@ class CupyNcclCommunicator(Communicator):
         self._nccl.groupEnd()
 
     def _reducible(self, buffer: Tensor) -> Any:
-        able = [dtype for dtype, name in _REDUCIBLE.items() if hasattr(self._nccl, name)]
-        require_reducible(NAME, buffer, able)
+        require_reducible(NAME, buffer, self.reducible)
         return getattr(self._nccl, _REDUCIBLE[buffer.dtype])
 
     def _start(self, call: Callable[[int], Any], *buffers: Tensor) -> Work:

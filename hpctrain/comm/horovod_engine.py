@@ -39,7 +39,6 @@ _REMEDY_WORLD = (
     "start it with horovodrun, mpirun, or srun --mpi=pmix, of the MPI that Horovod was built with "
     "(`hpctrain doctor` shows it), or set comm.engine=torch"
 )
-_REDUCIBLE = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64)
 
 
 def probe() -> Probe:
@@ -143,7 +142,7 @@ class HorovodCommunicator(Communicator):
         return faults(self.topology, NAME, operation, HorovodInternalError)
 
     def all_reduce_(self, buffer: Tensor, op: Op = "sum") -> Work:
-        require_reducible(NAME, buffer, _REDUCIBLE)
+        require_reducible(NAME, buffer, self.reducible)
         native = {"sum": self._ops.Sum, "min": self._ops.Min, "max": self._ops.Max}[op]
         return self._start(
             f"all_reduce_{op}",
@@ -154,7 +153,7 @@ class HorovodCommunicator(Communicator):
     # The public forms of the three operations below allocate their output; these take ours, which has the right
     # size, so that Horovod's resize of it does nothing.
     def reduce_scatter_(self, output: Tensor, buffer: Tensor) -> Work:
-        require_reducible(NAME, buffer, _REDUCIBLE)
+        require_reducible(NAME, buffer, self.reducible)
         require_parts(buffer, output, self.world_size)
         return self._start(
             "reduce_scatter",

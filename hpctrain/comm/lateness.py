@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpctrain.comm.side_channel import Heartbeat
+from hpctrain.topology.phases import PHASES
 
-#: the order in which a step goes through them
-PHASES = ("start", "data", "forward", "backward", "exchange", "optimizer", "eval", "checkpoint", "end")
 _MOST_NAMED = 4
 
 
@@ -37,10 +36,10 @@ def find_late(before: Sequence[Heartbeat], now: Sequence[Heartbeat]) -> Verdict:
 def describe(verdict: Verdict, waited_s: float, option: str) -> str:
     """One line: how long, who, where, and which option to raise."""
     first = verdict.late[0]
-    where = _place(first)
+    where = place_of(first)
     life = "its process gives no sign of life" if verdict.silent else f"where it came {first.age_s:.0f} s ago"
     if verdict.others:
-        found = f"{_names(verdict.late)} late: {where}, {life}; the others wait in {_place(verdict.others[0])}"
+        found = f"{_names(verdict.late)} late: {where}, {life}; the others wait in {place_of(verdict.others[0])}"
     else:
         found = f"all {len(verdict.late)} ranks wait in {where}"
     return f"no progress for {waited_s:.0f} s: {found}; raise {option} if that may take so long"
@@ -62,9 +61,11 @@ def _verdict(beats: Sequence[Heartbeat], late: Sequence[int], *, silent: bool) -
     )
 
 
-def _position(beat: Heartbeat) -> tuple[int, int]:
-    return beat.step, PHASES.index(beat.phase)
+def _position(beat: Heartbeat) -> tuple[int, int, int]:
+    return beat.step, PHASES.index(beat.phase), beat.ticks
 
 
-def _place(beat: Heartbeat) -> str:
-    return f"step {beat.step}, phase {beat.phase}"
+def place_of(beat: Heartbeat) -> str:
+    """Where a rank stood; parts of a phase are counted from 1, and told from the second on."""
+    part = f", part {beat.ticks + 1}" if beat.ticks else ""
+    return f"step {beat.step}, phase {beat.phase}{part}"

@@ -43,7 +43,6 @@ _TYPE_NAMES = {
 }
 #: MPI has no half types: two bytes, with operators of our own
 _HALVES = (torch.float16, torch.bfloat16)
-_REDUCIBLE = (*_TYPE_NAMES, *_HALVES)
 #: Parts from this size on go straight to their ranks, all at once: Open MPI's own all-to-all and all-gather take turns
 #: and leave a link between hosts idle half of the time. Small parts need fewer messages with MPI's algorithms.
 DIRECT_BYTES = 1 << 16
@@ -165,7 +164,7 @@ class MpiCommunicator(Communicator):
     """An MPI communicator moving host buffers."""
 
     name = NAME
-    reducible = _REDUCIBLE
+    reducible = (*_TYPE_NAMES, *_HALVES)
 
     def __init__(self, topology: Topology, device: torch.device, mpi: Any, comm: Any, courier: Courier) -> None:
         super().__init__(topology, device)
@@ -174,12 +173,12 @@ class MpiCommunicator(Communicator):
         self._half_ops: dict[tuple[torch.dtype, str], Any] = {}
 
     def all_reduce_(self, buffer: Tensor, op: Op = "sum") -> Work:
-        require_reducible(NAME, buffer, _REDUCIBLE)
+        require_reducible(NAME, buffer, self.reducible)
         message, mpi_op = self._typed(buffer), self._op(buffer.dtype, op)
         return self._start("all_reduce", lambda: self._comm.Allreduce(self._mpi.IN_PLACE, message, mpi_op))
 
     def reduce_scatter_(self, output: Tensor, buffer: Tensor) -> Work:
-        require_reducible(NAME, buffer, _REDUCIBLE)
+        require_reducible(NAME, buffer, self.reducible)
         require_parts(buffer, output, self.world_size)
         # mpi4py reads the count of both messages as that of one part.
         (memory, _, kind), received, mpi_op = self._typed(buffer), self._typed(output), self._op(buffer.dtype, "sum")

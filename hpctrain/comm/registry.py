@@ -83,7 +83,7 @@ def _flaw(answer: Probe, topology: Topology, device: torch.device) -> str | None
     """Why auto passes over an engine, or None."""
     if not answer.ok:
         return answer.reason
-    if device.type == "cuda" and answer.name in ("horovod", "torch") and "NCCL" not in answer.built_with:
+    if device.type == "cuda" and answer.name != "serial" and "NCCL" not in answer.built_with:
         return "built without NCCL"
     needed = {"horovodrun": "gloo", "mpirun": "MPI", "mpiexec": "MPI"}.get(topology.launcher)
     if answer.name == "horovod" and needed is not None and needed not in answer.built_with:

@@ -19,6 +19,7 @@ import psutil
 
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import MachineError
+from hpctrain.topology.phases import PHASES, Phase
 
 _CONNECT_TIMEOUT_S = 30.0
 _TRY_TIMEOUT_S = 3.0
@@ -28,13 +29,14 @@ _PROPOSAL, _PROMISES, _LAST_TURN = "proposal", "promises", "last-turn"
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Where a rank stood when it last wrote: ``count`` grows with each writing, ``age_s`` is the time since the
-    main thread last moved on."""
+    """Where a rank stood when it last wrote: ``count`` grows with each writing, ``ticks`` with each sign of life in
+    one phase, ``age_s`` is the time since the main thread last moved on."""
 
     rank: int
     host: str
     step: int
-    phase: str
+    phase: Phase
+    ticks: int
     age_s: float
     count: int
 
@@ -43,7 +45,8 @@ class Heartbeat:
 class LastWords:
     """Why a job ends, in one line of the rank that found out first, and the exit status for all.
 
-    ``kind`` is "error", "late" (no progress) or "told" (printed in full by that rank, no news to the others).
+    ``kind`` is "error", "late" (no progress, for which the ranks ``late`` are accused) or "told" (printed in full by
+    that rank, no news to the others).
     """
 
     rank: int
@@ -53,6 +56,7 @@ class LastWords:
     kind: str
     summary: str
     code: int
+    late: tuple[int, ...] = ()
 
 
 class SideChannel:
@@ -84,12 +88,16 @@ class SideChannel:
             address = _reachable(offer["addresses"], offer["port"], comm)
             store = open_store(address, offer["port"], serve=False, timeout_s=_CONNECT_TIMEOUT_S)
         channel = cls(store, comm.rank, comm.world_size, offer["host"])
-        channel.beat(Heartbeat(comm.rank, comm.topology.host, 0, "start", 0.0, 0))
+        channel.beat(Heartbeat(comm.rank, comm.topology.host, 0, PHASES[0], 0, 0.0, 0))
         comm.barrier()
         return channel
 
     def beat(self, heartbeat: Heartbeat) -> None:
         self._store.set(f"beat/{self.rank}", json.dumps(asdict(heartbeat)))
+
+    def heartbeat(self, rank: int) -> Heartbeat:
+        """The latest of ``rank``."""
+        return Heartbeat(**json.loads(self._store.get(f"beat/{rank}")))
 
     def heartbeats(self) -> list[Heartbeat]:
         """The latest of every rank, in rank order."""
@@ -106,7 +114,8 @@ class SideChannel:
     def last_words(self) -> LastWords | None:
         if not self._store.check([_WORDS]):
             return None
-        return LastWords(**json.loads(self._store.get(_WORDS)))
+        words = json.loads(self._store.get(_WORDS))
+        return LastWords(**{**words, "late": tuple(words["late"])})
 
     def acknowledge(self) -> None:
         """Tell the writer of the last words that they were read here."""
@@ -153,7 +162,7 @@ def within(timeout_s: float, action: Callable[[], Any]) -> bool:
     def run() -> None:
         try:
             action()
-        except RuntimeError:
+        except (RuntimeError, OSError):
             return
         succeeded.set()
 

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from hpctrain.topology.ranks import Topology
 from hpctrain.topology.rendezvous import rendezvous
 
 NAME = "torch"
-_REDUCIBLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
+#: torch's own names: how many operations its flight recorder keeps, and the beginning of the names of its files
+_RECORDER_SIZE, _RECORDER_FILE = "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
 
 
 def probe() -> Probe:
@@ -59,6 +61,7 @@ def boot(topology: Topology, device: torch.device, timeout_s: float) -> Communic
 
     # Torch's optimizers import this module, whose default arguments hold the group there is by then: its threads
     # would outlive close() and meet the end of the interpreter.
+    from torch.distributed.nn import functional  # noqa: F401
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     group: dict[str, Any] = {"backend": backend, "timeout": datetime.timedelta(seconds=timeout_s)}
@@ -127,7 +130,7 @@ class TorchCommunicator(Communicator):
     """A process group of torch.distributed; ``group`` None is the world's."""
 
     name = NAME
-    reducible = _REDUCIBLE
+    reducible = (*Communicator.reducible, torch.bfloat16)
 
     def __init__(self, topology: Topology, device: torch.device, group: Any) -> None:
         super().__init__(topology, device)
@@ -140,12 +143,12 @@ class TorchCommunicator(Communicator):
         return faults(self.topology, NAME, operation, RuntimeError)
 
     def all_reduce_(self, buffer: Tensor, op: Op = "sum") -> Work:
-        require_reducible(NAME, buffer, _REDUCIBLE)
+        require_reducible(NAME, buffer, self.reducible)
         native = {"sum": self._dist.ReduceOp.SUM, "min": self._dist.ReduceOp.MIN, "max": self._dist.ReduceOp.MAX}[op]
         return self._start("all_reduce", lambda: self._dist.all_reduce(buffer, native, self._group, async_op=True))
 
     def reduce_scatter_(self, output: Tensor, buffer: Tensor) -> Work:
-        require_reducible(NAME, buffer, _REDUCIBLE)
+        require_reducible(NAME, buffer, self.reducible)
         require_parts(buffer, output, self.world_size)
         return self._start(
             "reduce_scatter",
@@ -202,6 +205,19 @@ class TorchCommunicator(Communicator):
 
     def close(self) -> None:
         self._dist.destroy_process_group(self._group)
+
+    def dump_trace(self) -> Path | None:
+        """NCCL's flight recorder, which the variables above switch on; under the name torch itself would give the file,
+        so that ``torchfrtrace`` reads it. Torch writes it at the group's own time limit, which is never reached.
+
+        Not yet run on a GPU. Gloo has no recorder.
+        """
+        if self.device.type != "cuda" or int(os.environ.get(_RECORDER_SIZE, 0)) == 0:
+            return None
+        path = Path(f"{os.environ.get(_RECORDER_FILE, '/tmp/nccl_trace_rank_')}{self._world_ranks[self.rank]}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
+        return path
 
     def versions(self) -> dict[str, str]:
         found = {"torch": torch.__version__, "torch_backend": self._dist.get_backend(self._group)}

@@ -67,8 +67,8 @@ class Turns:
         self._agreed = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._began_s = time.monotonic()
-        #: how long the latest turn took, with what the program did before the next one
+        self._began_s: float | None = None
+        #: how long the latest turn that is over took, with what the program did before the next one
         self.turn_s = 0.0
 
     def start(self) -> None:
@@ -80,7 +80,9 @@ class Turns:
     def begin(self) -> None:
         """Call before each turn. Raises Stopped where all ranks stop; may wait for their promises before that."""
         now_s = time.monotonic()
-        self.turn_s, self._began_s = now_s - self._began_s, now_s
+        if self._began_s is not None:
+            self.turn_s = now_s - self._began_s
+        self._began_s = now_s
         if self._topology.world_size == 1:
             reason = self._asked()
             if reason is not None:

@@ -24,8 +24,8 @@ class CommConfig(Section):
 
     engine: Literal["auto", "horovod", "mpi", "torch", "serial"] = "auto"
     """auto picks by launcher and by what is installed, Horovod first"""
-    timeout_s: PositiveFloat = 60.0
-    """how long a rank may show no progress before the job ends and names it"""
+    timeout_s: PositiveFloat = 50.0
+    """how long a rank may show no progress before the job ends, within ten seconds more, and names it"""
     startup_timeout_s: PositiveFloat = 300.0
     """the same until the first step is over"""
     horovod: HorovodConfig = HorovodConfig()

@@ -6,13 +6,9 @@ and in pairs. Mistakes end it with exit status 2, faults of a machine with 1, ea
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +17,6 @@ import psutil
 from pydantic import TypeAdapter
 
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.process import end_process
 from hpctrain.config.schema import Config
 from hpctrain.doctor.clocks import read_clocks
 from hpctrain.doctor.judge import clock_complaints, complaints, locked_twice, unshared
@@ -31,9 +26,9 @@ from hpctrain.doctor.shared import Sight, see_run_directory
 from hpctrain.doctor.speed import Pace, measure
 from hpctrain.doctor.suspects import Suspect, confirm, find_suspects, sentence
 from hpctrain.errors import HpctrainError, MachineError, UserError
-from hpctrain.metrics.jsonfiles import to_json_value, write_atomic
+from hpctrain.metrics.jsonfiles import to_json_value, write_json
+from hpctrain.metrics.layout import PREFLIGHT_FILE
 from hpctrain.topology import voice
-from hpctrain.topology.ranks import detect
 from hpctrain.train.rundir import held_by_another
 from hpctrain.train.session import open_session
 
@@ -71,14 +66,12 @@ def job_command(config: Config, run_dir: Path | None, json_file: Path | None) ->
     leaves by SystemExit, with the status of a UserError or a MachineError. The others return: they leave first, so
     that the launcher, which ends all ranks after one that fails, gives on that status and not one of its own.
     """
-    with start_limit(config.comm.timeout_s, config.comm.engine) as started:
-        comm_config = config.comm.model_copy(update={"startup_timeout_s": config.comm.timeout_s})
-        with open_session(comm_config, config.train.device) as session:
-            started.set()
-            rank = session.comm.rank
-            found = examine_job(session.comm, config, run_dir, session.engine_reason)
-            if rank == 0:
-                leave_findings(found, config, run_dir, json_file)
+    comm_config = config.comm.model_copy(update={"startup_timeout_s": config.comm.timeout_s})
+    with open_session(comm_config, config.train.device) as session:
+        rank = session.comm.rank
+        found = examine_job(session.comm, config, run_dir, session.engine_reason)
+        if rank == 0:
+            leave_findings(found, config, run_dir, json_file)
     error = verdict(found, config)
     if error is not None and rank == 0:
         print(voice.sentence(error), file=sys.stderr, flush=True)
@@ -93,29 +86,6 @@ def verdict(found: Preflight, config: Config) -> HpctrainError | None:
     if any(suspect.broken or config.launch.slow_node == "stop" for suspect in found.suspects):
         return MachineError(sentence(found.suspects))
     return None
-
-
-@contextmanager
-def start_limit(limit_s: float, engine: str) -> Iterator[threading.Event]:
-    """End this process where the event is not set within ``limit_s``: an engine that waits for a rank says nothing."""
-    started = threading.Event()
-    topology = detect(os.environ)
-
-    def wait() -> None:
-        if not started.wait(limit_s):
-            print(
-                f"hpctrain: rank {topology.rank} of {topology.world_size} on host {topology.host} waits since "
-                f"{limit_s:.0f} s for the engine ({engine}) to start: see that all ranks were started and that their "
-                "hosts reach each other, or raise comm.timeout_s",
-                flush=True,
-            )
-            end_process(1)
-
-    threading.Thread(target=wait, name="hpctrain-start", daemon=True).start()
-    try:
-        yield started
-    finally:
-        started.set()
 
 
 def examine_job(comm: Communicator, config: Config, run_dir: Path | None, engine_reason: str) -> Preflight:
@@ -169,10 +139,10 @@ def leave_findings(found: Preflight, config: Config, run_dir: Path | None, json_
     """
     from hpctrain.doctor.job_table import render
 
-    text = json.dumps(found.to_record(), indent=2, allow_nan=False)
-    tell(text, lambda: render(found, warn=config.launch.slow_node == "warn"), json_file)
+    record = found.to_record()
+    tell(record, lambda: render(found, warn=config.launch.slow_node == "warn"), json_file)
     if run_dir is not None and run_dir.is_dir() and not held_by_another(run_dir):
-        write_atomic(run_dir / FILE, text.encode() + b"\n")
+        write_json(run_dir / PREFLIGHT_FILE, record)
 
 
 def _age_s() -> float:

@@ -17,23 +17,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-Phase = Literal["data", "forward", "backward", "exchange", "optimizer", "eval", "checkpoint"]
+from hpctrain.topology.phases import OUTSIDE, STEP_PHASES, Phase
 
 #: phases of a step as the loop enters them, and the keys their seconds are recorded under
-RECORDED_AS = {
-    "data": "data",
-    "forward": "forward",
-    "backward": "backward",
-    "exchange": "exposed_comm",
-    "optimizer": "optimizer",
-}
-#: phases between two steps
-OUTSIDE = ("eval", "checkpoint")
+RECORDED_AS = {**{phase: str(phase) for phase in STEP_PHASES}, "exchange": "exposed_comm"}
 
 WARMUP_RULE = (
     "without the first 10 % of the steps (at least 5, at most 50, never more than half) "
@@ -163,10 +155,11 @@ class PhaseClock:
 
     A phase may be entered several times in a step (accumulation); its seconds add up. ``enter("eval")`` and
     ``enter("checkpoint")`` belong between ``end_step`` and the next ``step``. ``on_enter(step, phase)`` is
-    called on the host at each ``enter``, for whoever watches over the ranks.
+    called on the host at each ``enter``, for whoever watches over the ranks. To enter the phase that runs is a sign
+    of life and no more.
     """
 
-    def __init__(self, device: torch.device, on_enter: Callable[[int, str], None] | None = None) -> None:
+    def __init__(self, device: torch.device, on_enter: Callable[[int, Phase], None] | None = None) -> None:
         self._timer: Timer = CudaTimer() if device.type == "cuda" else HostTimer()
         self._on_enter = on_enter
         self._step = 0
@@ -174,7 +167,11 @@ class PhaseClock:
         self._pending: list[list[tuple[int, Any]]] = []
         self._table = _StepTable()
         self._interval_start = 0
-        self._outside_s = dict.fromkeys(OUTSIDE, 0.0)
+        self._outside_s: dict[str, float] = dict.fromkeys(OUTSIDE, 0.0)
+
+    def resume(self, step: int) -> None:
+        """Stand behind step number ``step``, which an earlier launch has taken."""
+        self._step = step
 
     def step(self, step: int) -> None:
         """Begin step number ``step``, in no phase yet."""

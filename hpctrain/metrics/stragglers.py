@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-#: what a rank does by itself in a step, as the clock records it
-OWN_PHASES = ("data", "forward", "backward", "optimizer")
+from hpctrain.topology.phases import OWN_PHASES
+
 #: Steps that a judgement is made of, at least: the median of fewer is moved by a single hiccup.
 MIN_STEPS = 5
 

@@ -79,6 +79,7 @@ def build_parts(config: Config, plan: Plan, session: Session) -> Parts:
     """Model, optimizer and exchange, with rank 0's parameters on every rank. Collective."""
     comm = session.comm
     model = build_net(config, plan, comm.device)
+    comm.arrive()
     broadcast_state(comm, model)
     return Parts(
         config=config,
@@ -161,7 +162,7 @@ def build_feeds(parts: Parts, dataset: Dataset, session: Session, progress: Prog
         )
 
     def alive() -> None:
-        session.watch.beat(progress.step, "eval")
+        parts.clock.enter("eval")
         session.turns.begin()
 
     return Feeds(parts, dataset, loader_of(dataset.train), loader_of(dataset.val), choose(config.data.loader)[1], alive)

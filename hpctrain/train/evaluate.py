@@ -43,6 +43,7 @@ def evaluate(
         counts += _count(logits.float()[counted], labels[counted])
         on_batch()
     model.train(was_training)
+    comm.arrive()
     comm.all_reduce_(counts).wait()
     top1, top5, loss, seen = counts.tolist()
     return Evaluation(top1=top1 / seen, top5=top5 / seen, loss=loss / seen, seen=int(seen))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from hpctrain.errors import UserError
 from hpctrain.gradients.tally import ROUNDING
+from hpctrain.launch.continuing import in_run_dir
 from hpctrain.metrics.progress import Display
 from hpctrain.metrics.steplog import EvalFigures, StepFigures
-from hpctrain.metrics.stragglers import MIN_STEPS, OWN_PHASES, StragglerWatch
+from hpctrain.metrics.stragglers import MIN_STEPS, StragglerWatch
 from hpctrain.metrics.system import SystemUse
+from hpctrain.topology.phases import OWN_PHASES
 from hpctrain.train.build import Feeds
 from hpctrain.train.parts import Parts
 from hpctrain.train.state import Evaluation, Progress
@@ -46,15 +49,16 @@ class _Sums(NamedTuple):
 class Journal:
     """Gathers losses between logged steps; ``log``, ``evaluation`` and the making of one are collective.
 
-    ``sinks`` are empty on all ranks but the first.
+    ``sinks`` are empty on all ranks but the first. ``run_dir`` is named where the run diverges.
     """
 
-    def __init__(self, parts: Parts, feeds: Feeds, display: Display, sinks: Sequence[Sink]) -> None:
+    def __init__(self, parts: Parts, feeds: Feeds, display: Display, sinks: Sequence[Sink], run_dir: Path) -> None:
         self.display = display
         self.system = SystemUse(parts.comm.device)
         self._parts = parts
         self._feeds = feeds
         self._sinks = sinks
+        self._run_dir = run_dir
         self._loss = torch.zeros((), dtype=torch.float64, device=parts.comm.device)
         self._steps = 0
         self._stragglers = StragglerWatch(parts.comm.all_gather_object(parts.comm.topology.host))
@@ -104,7 +108,7 @@ class Journal:
         for sink in (*self._sinks, self.display):
             sink.step(figures)
         if not math.isfinite(loss):
-            raise not_finite("loss", progress.step - steps + 1, progress.step, figures.lr)
+            raise not_finite("loss", progress.step - steps + 1, progress.step, figures.lr, self._run_dir)
 
     def evaluation(self, progress: Progress, result: Evaluation, seconds: float) -> None:
         """Tell of an evaluation that took ``seconds``; raises UserError when too many samples cannot be decoded."""
@@ -180,10 +184,11 @@ class Journal:
             )
 
 
-def not_finite(what: str, first_step: int, last_step: int, lr: float) -> UserError:
-    """The error of a run that diverged within the steps named (counted from 1)."""
+def not_finite(what: str, first_step: int, last_step: int, lr: float, run_dir: Path) -> UserError:
+    """The error of the run in ``run_dir`` that diverged within the steps named (counted from 1)."""
     when = f"in step {last_step}" if first_step == last_step else f"between steps {first_step} and {last_step}"
     return UserError(
         f"the {what} became NaN or infinite {when} (learning rate {lr:.4g}); "
-        "lower schedule.lr or lengthen schedule.warmup_epochs, and go on from the last checkpoint with --resume auto"
+        "lower schedule.lr or lengthen schedule.warmup_epochs, and continue from the last checkpoint with "
+        f"{in_run_dir(run_dir)}"
     )

@@ -37,6 +37,7 @@ class Loop:
         evaluation is done again by the launch that goes on.
         """
         progress, saver = self.progress, self.saver
+        self.parts.clock.resume(max(0, progress.step - 1))
         while (reason := self.reason_to_stop()) is None:
             while self._steps_left():
                 self.step()

@@ -14,6 +14,7 @@ from hpctrain.comm import horovod_settings
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.registry import choose, create
 from hpctrain.comm.side_channel import SideChannel
+from hpctrain.comm.start_limit import start_limit
 from hpctrain.comm.turns import Turns
 from hpctrain.comm.watch import Watch
 from hpctrain.config.comm import CommConfig
@@ -79,13 +80,7 @@ def open_session(config: CommConfig, device: str, asked: Callable[[], str | None
     An exception that leaves the block ends the job on all ranks (``hpctrain.comm.abort``).
     """
     keep_freed_memory()
-    topology = detect(os.environ)
-    chosen = choose_device(device, topology)
-    name, reason = choose(config.engine, topology, chosen)
-    horovod_settings.ask_for(name, chosen, config.horovod.model_dump())
-    # The watch is to end a job that hangs, since it can say why; the engine's own limit is for when it cannot.
-    comm = create(name, topology, chosen, max(config.timeout_s, config.startup_timeout_s) + _ENGINE_GRACE_S)
-    channel = SideChannel.open(comm)
+    comm, channel, reason = _start_engine(config, device)
     watch = Watch(channel, comm, config.timeout_s, config.startup_timeout_s)
     turns = Turns(channel, comm.topology, asked)
     with watch.guard():
@@ -94,8 +89,23 @@ def open_session(config: CommConfig, device: str, asked: Callable[[], str | None
         cores = cores_of(comm.rank, bindings)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(cores)
-        yield Session(comm, watch, turns, cores, reason + horovod_settings.remark(name))
+        yield Session(comm, watch, turns, cores, reason + horovod_settings.remark(comm.name))
+        comm.arrive()
         comm.barrier()
     turns.close()
     watch.close()
     comm.close()
+
+
+def _start_engine(config: CommConfig, device: str) -> tuple[Communicator, SideChannel, str]:
+    """The engine that ``config`` asks for, the channel beside it, and why it is this one."""
+    topology = detect(os.environ)
+    limit_s = max(config.timeout_s, config.startup_timeout_s)
+    option = "comm.timeout_s" if limit_s == config.timeout_s else "comm.startup_timeout_s"
+    with start_limit(topology, config.engine, limit_s, option):
+        chosen = choose_device(device, topology)
+        name, reason = choose(config.engine, topology, chosen)
+        horovod_settings.ask_for(name, chosen, config.horovod.model_dump())
+        # The watch is to end a job that hangs, since it can say why; the engine's own limit is for when it cannot.
+        comm = create(name, topology, chosen, limit_s + _ENGINE_GRACE_S)
+        return comm, SideChannel.open(comm), reason

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpctrain.comm.lateness import PHASES, describe, find_late
+from hpctrain.comm.lateness import describe, find_late
 from hpctrain.comm.side_channel import Heartbeat
+from hpctrain.topology.phases import PHASES, Phase
 
 
-def beat(rank: int, step: int, phase: str, count: int = 9, age_s: float = 60.0) -> Heartbeat:
-    return Heartbeat(rank, f"n{rank}", step, phase, age_s, count)
+def beat(rank: int, step: int, phase: Phase, ticks: int = 0, *, age_s: float = 60.0) -> Heartbeat:
+    return Heartbeat(rank, f"n{rank}", step, phase, ticks, age_s, count=9)
 
 
 def judge(before: list[Heartbeat], now: list[Heartbeat]) -> str:
@@ -19,7 +22,7 @@ def judge(before: list[Heartbeat], now: list[Heartbeat]) -> str:
 
 def earlier(beats: list[Heartbeat], stuck: tuple[int, ...] = ()) -> list[Heartbeat]:
     """The reading before ``beats``: every rank but ``stuck`` has written since."""
-    return [beat(one.rank, one.step, one.phase, one.count - (one.rank not in stuck)) for one in beats]
+    return [replace(one, count=one.count - (one.rank not in stuck)) for one in beats]
 
 
 def test_the_rank_that_stands_earliest_is_late() -> None:
@@ -41,6 +44,19 @@ def test_a_silent_process_is_late_wherever_it_stands() -> None:
     assert "rank 2 (host n2) is late: step 5, phase optimizer, its process gives no sign of life" in text
 
 
+def test_a_rank_is_late_within_the_phase_that_all_are_in() -> None:
+    """As in an evaluation, whose batches are parts of one phase, and whose sum all wait for."""
+    now = [beat(0, 90, "eval", 20), beat(1, 90, "eval", 2), beat(2, 90, "eval", 20)]
+    text = judge(earlier(now), now)
+    assert "rank 1 (host n1) is late: step 90, phase eval, part 3, where it came 60 s ago; the others wait in" in text
+    assert "the others wait in step 90, phase eval, part 21; raise" in text
+
+
+def test_parts_of_a_phase_count_less_than_the_phase() -> None:
+    now = [beat(0, 90, "eval", 20), beat(1, 90, "checkpoint")]
+    assert [late.rank for late in find_late(earlier(now), now).late] == [0]
+
+
 def test_ranks_that_all_stand_alike_are_not_accused() -> None:
     now = [beat(rank, 7, "exchange") for rank in range(4)]
     assert "all 4 ranks wait in step 7, phase exchange" in judge(earlier(now), now)
@@ -53,11 +69,11 @@ def test_many_late_ranks_are_counted() -> None:
     assert "rank 4" not in text
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(PHASES)), min_size=1, max_size=8))
-def test_nobody_stands_before_the_late(places: list[tuple[int, str]]) -> None:
-    now = [beat(rank, step, phase) for rank, (step, phase) in enumerate(places)]
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(PHASES), st.integers(0, 2)), min_size=1, max_size=8))
+def test_nobody_stands_before_the_late(places: list[tuple[int, Phase, int]]) -> None:
+    now = [beat(rank, *place) for rank, place in enumerate(places)]
     verdict = find_late(earlier(now), now)
-    latest = {(late.step, PHASES.index(late.phase)) for late in verdict.late}
+    latest = {(late.step, PHASES.index(late.phase), late.ticks) for late in verdict.late}
     assert len(latest) == 1
-    assert all((other.step, PHASES.index(other.phase)) > min(latest) for other in verdict.others)
+    assert all((other.step, PHASES.index(other.phase), other.ticks) > min(latest) for other in verdict.others)
     assert len(verdict.late) + len(verdict.others) == len(now)

@@ -17,6 +17,7 @@ from hpctrain.comm.side_channel import Heartbeat, LastWords, SideChannel, within
 from hpctrain.comm.torch_engine import open_store
 from hpctrain.comm.watch import Watch
 from hpctrain.errors import MachineError
+from hpctrain.topology.phases import Phase
 from hpctrain.topology.ranks import Topology
 
 
@@ -28,17 +29,18 @@ def channels() -> list[SideChannel]:
 
 
 def test_heartbeats_come_in_rank_order(channels: list[SideChannel]) -> None:
-    beats = [Heartbeat(rank, f"n{rank}", 3, "data", 0.5, 1) for rank in range(2)]
+    beats = [Heartbeat(rank, f"n{rank}", 3, "data", 0, 0.5, 1) for rank in range(2)]
     for channel, beat in reversed(list(zip(channels, beats, strict=True))):
         channel.beat(beat)
     assert channels[1].heartbeats() == beats
+    assert channels[1].heartbeat(0) == beats[0]
 
 
 def test_one_rank_has_the_last_words(channels: list[SideChannel]) -> None:
     assert channels[0].last_words() is None
     assert channels[1].claim()
     assert not channels[0].claim()
-    words = LastWords(1, "n1", 7, "backward", "error", "ValueError: é", 1)
+    words = LastWords(1, "n1", 7, "backward", "error", "ValueError: é", 1, late=(0, 5))
     channels[1].write_last_words(words)
     assert channels[0].last_words() == words
     channels[0].acknowledge()
@@ -103,11 +105,13 @@ def test_the_short_limit_holds_after_the_first_step_of_a_resumed_run(monkeypatch
     """Steps of a resumed run begin at any number, and its first one is slow as well."""
     comm: Any = SimpleNamespace(rank=0, world_size=1, topology=Topology())
     alone = Watch(SideChannel(None, 0, 1, "n0"), comm, timeout_s=60, startup_timeout_s=300)
-    for step, phase, limit_s in [
-        (0, "start", 300), (100, "data", 300), (100, "exchange", 300), (101, "data", 60), (102, "eval", 60)
-    ]:  # fmt: skip
+    places: list[tuple[int, Phase, float]] = [
+        (0, "start", 300), (99, "eval", 300), (100, "data", 300), (100, "exchange", 300), (101, "data", 60),
+        (102, "eval", 60),
+    ]  # fmt: skip
+    for step, phase, limit_s in places:
         alone.beat(step, phase)
-        alone._note_start(*alone._mark)
+        alone._measure(time.monotonic())
         assert alone._limit_s() == limit_s
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpctrain.metrics.stragglers import OWN_PHASES, StragglerWatch, find_stragglers, stragglers_of
+from hpctrain.metrics.stragglers import StragglerWatch, find_stragglers, stragglers_of
+from hpctrain.topology.phases import OWN_PHASES
 
 USUAL = np.array([0.01, 0.1, 0.2, 0.02])
 FORWARD, BACKWARD = OWN_PHASES.index("forward"), OWN_PHASES.index("backward")
