@@ -14,10 +14,15 @@
 set -euo pipefail
 
 script=prepare_imagenet.sh
-fail() {
-    echo "$script: $*" >&2
+# sbatch copies this script to the node without its neighbours, and knows where they are.
+[[ $(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null) =~ Command=([^$'\n']*)/slurm/$script ]] || true
+home=${HPCTRAIN_HOME:-${BASH_REMATCH[1]:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}}
+if [[ ! -r $home/slurm/job.sh ]]; then
+    echo "$script: $home is not hpctrain's checkout: submit this script there, or name it with HPCTRAIN_HOME" >&2
     exit 2
-}
+fi
+# shellcheck source=slurm/job.sh
+source "$home/slurm/job.sh"
 
 (($# == 2)) || fail "two arguments are wanted, the folder of the archives and the one to be made, but there are $#"
 archives=$1 packed=$2
@@ -26,31 +31,10 @@ for part in "${parts[@]}"; do
     [[ -r $archives/$part ]] || fail "$archives/$part cannot be read: get it from image-net.org and put it there"
 done
 
-# ---- begin site: the same in every job script, since sbatch copies a script to the node without its neighbours ----
-if [[ -n ${HPCTRAIN_SITE:-} ]]; then
-    [[ -r $HPCTRAIN_SITE ]] || fail "the site file $HPCTRAIN_SITE cannot be read on node $(hostname)"
-    set -a
-    # shellcheck source=/dev/null
-    source "$HPCTRAIN_SITE"
-    set +a
-fi
-if [[ -n ${HPCTRAIN_MODULES:-} ]]; then
-    set +u # module functions look at unset variables
-    # shellcheck disable=SC2086 # several names
-    module load $HPCTRAIN_MODULES || fail "module load $HPCTRAIN_MODULES failed: correct HPCTRAIN_MODULES"
-    set -u
-fi
-# ---- end site ----
-# ---- begin environment ----
-if [[ -n ${HPCTRAIN_VENV:-} ]]; then
-    [[ -r $HPCTRAIN_VENV/bin/activate ]] ||
-        fail "there is no environment in HPCTRAIN_VENV=$HPCTRAIN_VENV on node $(hostname): make it with slurm/install.sbatch"
-    # shellcheck source=/dev/null
-    source "$HPCTRAIN_VENV/bin/activate"
-fi
-python -m hpctrain --version >/dev/null ||
-    fail "python on node $(hostname) has no hpctrain: set HPCTRAIN_VENV or HPCTRAIN_MODULES in the site file"
-# ---- end environment ----
+load_site
+enter_environment
+mkdir -p "$packed" || fail "the folder $packed cannot be made: name one that can be"
+enter_container "$archives" "$packed"
 
-python -m hpctrain data pack --ilsvrc "${parts[@]/#/$archives/}" "$packed"
-python -m hpctrain data verify "$packed" --jobs "${SLURM_CPUS_PER_TASK:-$(nproc)}"
+"${inside[@]}" python -m hpctrain data pack --ilsvrc "${parts[@]/#/$archives/}" "$packed"
+"${inside[@]}" python -m hpctrain data verify "$packed" --jobs "${SLURM_CPUS_PER_TASK:-$(nproc)}"

@@ -26,6 +26,7 @@ JOB = {
     "SLURM_NTASKS_PER_NODE": "4",
     "SLURM_CPUS_PER_TASK": "2",
     "SLURM_CPUS_ON_NODE": "8",
+    "SLURM_SUBMIT_DIR": str(SLURM.parent),
 }
 VERSION = ["-m", "hpctrain", "--version"]
 GPUS = {"SLURM_GPUS_ON_NODE": "4"}
@@ -68,7 +69,8 @@ def test_scripts_are_clean() -> None:
     cluster = SLURM.parent / "tests/cluster"
     scripts = [path for folder in (SLURM, cluster) for path in folder.iterdir() if _is_shell(path)]
     assert TRAIN in scripts
-    done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True, timeout=120, check=False)
+    words = ["shellcheck", *(str(path.relative_to(SLURM.parent)) for path in scripts)]
+    done = subprocess.run(words, cwd=SLURM.parent, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -76,14 +78,56 @@ def _is_shell(path: Path) -> bool:
     return path.is_file() and path.read_bytes().startswith((b"#!/usr/bin/env bash", b"#!/bin/bash", b"#!/bin/sh"))
 
 
-@pytest.mark.parametrize("part", ["site", "environment", "ranks"])
-def test_what_job_scripts_share_is_the_same_in_each(part: str) -> None:
-    """Slurm copies a script to the node without its neighbours, so what they share stands in each."""
-    pattern = re.compile(rf"^# ---- begin {part}\b.*?^# ---- end {part} ----$", re.MULTILINE | re.DOTALL)
-    scripts = [*SLURM.glob("*.sbatch"), *SLURM.glob("*.sh")]
-    shared = {path.name: match[0] for path in scripts if (match := pattern.search(path.read_text()))}
-    assert "train.sbatch" in shared and len(shared) > 1
-    assert set(shared.values()) == {shared["train.sbatch"]}
+def test_job_scripts_find_what_they_share_in_the_same_way() -> None:
+    """Slurm copies a script to the node without its neighbours, so how they are found stands in each."""
+    pattern = re.compile(r'^# sbatch copies .*?^source "\$home/slurm/job.sh"$', re.MULTILINE | re.DOTALL)
+    scripts = [*SLURM.glob("*.sbatch"), SLURM / "prepare_imagenet.sh"]
+    (found,) = {match[0] for path in scripts if (match := pattern.search(path.read_text()))}
+    assert all(found in path.read_text() for path in scripts)
+
+
+def of_slurm(job: Path, script: Path) -> Path:
+    """The copy of a job script that Slurm starts on a node."""
+    return Path(shutil.copy(script, job / "slurm_script"))
+
+
+@pytest.mark.parametrize("way", ["HPCTRAIN_HOME", "SLURM_SUBMIT_DIR", "Command"])
+def test_the_checkout_is_that_of_the_script_that_was_submitted(job: Path, way: str) -> None:
+    checkout = job / "a check out"
+    checkout.symlink_to(SLURM.parent)
+    told = f"   JobName=x\n   Command={checkout}/slurm/train.sbatch small.yaml\n   WorkDir=/elsewhere\n"
+    Double(job / "bin", "scontrol", stdout=told if way == "Command" else "n1\n")
+    where = {"SLURM_SUBMIT_DIR": "/elsewhere", way: str(checkout)}
+    stage = {"HPCTRAIN_STAGE": "/data/set", "HPCTRAIN_SCRATCH": "/disk"}
+    done = run(job, "small.yaml", script=of_slurm(job, TRAIN), **where, **stage)
+    assert done.returncode == 0, done.stderr
+    assert ["show", "job", "30077"] in recorded(job, "scontrol").calls
+    assert f"{checkout}/slurm/stage_in.sh" in recorded(job, "srun").calls[1]
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "allreduce.sbatch", "install.sbatch", "prepare_imagenet.sh"])
+def test_without_its_checkout_a_script_ends(job: Path, name: str) -> None:
+    done = run(job, "small.yaml", script=of_slurm(job, SLURM / name), SLURM_SUBMIT_DIR=str(job))
+    assert done.returncode == 2
+    told = f"{job} is not hpctrain's checkout: submit this script there, or name it with HPCTRAIN_HOME"
+    assert done.stderr == f"{name}: {told}\n"
+
+
+def test_an_old_bash_is_told_so(job: Path) -> None:
+    (job / "slurm").mkdir()
+    shared = (SLURM / "job.sh").read_text()
+    (job / "slurm/job.sh").write_text(shared.replace(">= 404", ">= 9904"))
+    done = run(job, "small.yaml", HPCTRAIN_HOME=str(job))
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"train.sbatch: bash \S+ on node \S+ is too old: put one from 4.4 on first on .*\n", done.stderr
+    )
+
+
+def test_ranks_are_given_the_whole_environment_of_the_job(job: Path) -> None:
+    """Slurm leaves SLURM_EXPORT_ENV behind for a job submitted with --export=NAMES, and srun would go by it."""
+    assert run(job, "small.yaml", SLURM_EXPORT_ENV="HOME").returncode == 0
+    assert recorded(job, "srun").environ["SLURM_EXPORT_ENV"] == "ALL"
 
 
 def test_resources_are_never_in_a_script() -> None:
@@ -124,9 +168,7 @@ def test_what_training_is_started_with(job: Path) -> None:
     ]
     environ = srun.environ
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("n1", "15077")
-    assert environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "2000"
-    assert environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == "runs/small-30077/nccl/rank-"
-    assert (job / "runs/small-30077/nccl").is_dir()
+    assert not (job / "runs/small-30077/nccl").exists()
 
 
 def test_ranks_see_all_gpus_of_their_node(job: Path) -> None:
@@ -134,6 +176,14 @@ def test_ranks_see_all_gpus_of_their_node(job: Path) -> None:
     argv = recorded(job, "srun").calls[-1]
     assert "--gpu-bind=none" in argv
     assert not [word for word in argv if word.startswith(("--gpus", "--gres"))]
+
+
+def test_a_collective_that_hangs_on_gpus_leaves_its_history(job: Path) -> None:
+    assert run(job, "small.yaml", **GPUS).returncode == 0
+    environ = recorded(job, "srun").environ
+    assert environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "2000"
+    assert environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == "runs/small-30077/nccl/rank-"
+    assert (job / "runs/small-30077/nccl").is_dir()
 
 
 def test_without_a_number_of_tasks_a_node_has_as_many_as_gpus(job: Path) -> None:
@@ -185,11 +235,25 @@ def test_awkward_words_arrive_as_they_are(job: Path) -> None:
         (["none.yaml"], {}, "the configuration none.yaml cannot be read on node"),
         (["small.yaml"], {"SLURM_JOB_ID": ""}, "this is a job script: start it with sbatch or hpctrain submit"),
         (["small.yaml"], {"HPCTRAIN_SITE": "none.env"}, "the site file none.env cannot be read on node"),
-        (["small.yaml"], {"HPCTRAIN_MPI": "pmi2"}, "HPCTRAIN_MPI is pmi2, with which every rank would be a world of"),
-        (["small.yaml"], {"HPCTRAIN_MODULES": "no such"}, "module load no such failed: correct HPCTRAIN_MODULES"),
+        (["small.yaml"], {"HPCTRAIN_MPI": "pmi2"}, "HPCTRAIN_MPI is pmi2, with which each rank would start as a separ"),
         (["small.yaml"], {"HPCTRAIN_VENV": "/nowhere"}, "there is no environment in HPCTRAIN_VENV=/nowhere on node"),
         (["small.yaml"], {"PATH": "/usr/bin:/bin"}, "python on node"),
         (["small.yaml"], {"HPCTRAIN_CONTAINER": "no.sif"}, "the container no.sif cannot be read on node"),
+        (
+            ["small.yaml"],
+            {"SLURM_HET_SIZE": "2"},
+            "this is a heterogeneous job of 2 parts, but ranks are started in one",
+        ),
+        (
+            ["small.yaml"],
+            {"SLURM_NTASKS_PER_NODE": "", "SLURM_NTASKS": "5"},
+            "5 ranks cannot be shared out evenly among 2 nodes: correct --ntasks, or give --ntasks-per-node",
+        ),
+        (
+            ["small.yaml"],
+            {"SLURM_NTASKS": "4"},
+            "SLURM_NTASKS=4 and SLURM_NTASKS_PER_NODE=4 contradict each other on 2 nodes: give one of",
+        ),
         (["small.yaml"], {"SLURM_GPUS_ON_NODE": "2"}, "tasks and GPUs differ, 4 and 2 a node: submit with --ntasks"),
         (
             ["small.yaml"],
@@ -222,12 +286,95 @@ def test_what_cannot_work_ends_the_job_at_once(
     assert not recorded(job, "srun").calls
 
 
-def test_a_container_is_entered_with_its_gpus(job: Path) -> None:
+def entered(job: Path, argv: list[str], *folders: Path, gpus: bool = False) -> list[str]:
+    """What is started in the container, which is entered with these folders."""
+    binds = [word for folder in folders for word in ("--bind", str(folder))]
+    words = ["apptainer", "exec", "--env", "PMIX_MCA_gds=hash", *(["--nv"] if gpus else []), *binds, "my image.sif"]
+    first = argv.index("apptainer")
+    assert argv[first : first + len(words)] == words
+    return argv[first + len(words) :]
+
+
+def test_a_container_is_entered_with_its_gpus_and_folders(job: Path) -> None:
     (job / "my image.sif").touch()
-    assert run(job, "small.yaml", HPCTRAIN_CONTAINER="my image.sif", **GPUS).returncode == 0
+    configs, runs, disk = job / "recipes of mine", job / "all runs", job / "disk"
+    configs.mkdir()
+    config = shutil.copy(job / "small.yaml", configs)
+    settings = {"HPCTRAIN_CONTAINER": "my image.sif", "HPCTRAIN_RUNS": str(runs)}
+    assert run(job, str(config), **settings, **GPUS).returncode == 0
     argv = recorded(job, "srun").calls[-1]
-    inside = argv[argv.index("apptainer") :]
-    assert inside[:7] == ["apptainer", "exec", "--nv", "--bind", str(job), "my image.sif", "python"]
+    assert entered(job, argv, job, runs, configs, gpus=True)[:4] == ["python", "-m", "hpctrain", "train"]
+    stage = {"HPCTRAIN_STAGE": "/data/set", "HPCTRAIN_SCRATCH": str(disk)}
+    assert run(job, str(config), **settings, **stage).returncode == 0
+    assert entered(job, recorded(job, "srun").calls[-1], job, runs, configs, disk)[0] == "python"
+    assert run(job, script=SLURM / "allreduce.sbatch", **settings).returncode == 0
+    assert entered(job, recorded(job, "srun").calls[-1], job, runs)[:4] == ["python", "-m", "hpctrain", "bench"]
+
+
+def test_modules_are_loaded_where_the_shell_does_not_know_them_yet(job: Path) -> None:
+    (job / "modules/init").mkdir(parents=True)
+    (job / "modules/init/bash").write_text('false\nmodule() { [[ $2 != none ]] && export LOADED="$*$NOWHERE"; }\n')
+    modules = {"MODULESHOME": str(job / "modules"), "HPCTRAIN_MODULES": "gcc cuda/13"}
+    done = run(job, "small.yaml", **modules)
+    assert done.returncode == 0, done.stderr
+    assert recorded(job, "srun").environ["LOADED"] == "load gcc cuda/13"
+    done = run(job, "small.yaml", **modules | {"HPCTRAIN_MODULES": "none"})
+    assert done.returncode == 2
+    assert done.stderr == "train.sbatch: module load none failed: correct HPCTRAIN_MODULES\n"
+
+
+def test_a_node_without_modules_is_told_so(job: Path) -> None:
+    if any(Path("/etc/profile.d", name).exists() for name in ("lmod.sh", "modules.sh")):
+        pytest.skip("this machine has modules")
+    done = run(job, "small.yaml", HPCTRAIN_MODULES="gcc")
+    assert done.returncode == 2
+    assert "has no `module` command for HPCTRAIN_MODULES=gcc: export MODULESHOME, the folder that has" in done.stderr
+
+
+def test_a_site_file_that_asks_for_what_is_not_set_is_named(job: Path) -> None:
+    site = job / "site.env"
+    site.write_text("HPCTRAIN_MPI=pmix\nHPCTRAIN_SCRATCH=$SITE_DISK/data\n")
+    done = run(job, "small.yaml", HPCTRAIN_SITE=str(site))
+    assert done.returncode == 2
+    assert f"the site file {site} does not work on node" in done.stderr
+    assert "(line 2: SITE_DISK: unbound variable): correct that line, or export what it uses" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert run(job, "small.yaml", HPCTRAIN_SITE=str(site), SITE_DISK="/disk").returncode == 0
+
+
+STAGE = {"HPCTRAIN_STAGE": "/data/set", "HPCTRAIN_SCRATCH": "/disk"}
+
+
+@pytest.mark.parametrize("own", [[], ["data.path=/data/set"]])
+def test_what_is_staged_is_what_is_trained_on(job: Path, own: list[str]) -> None:
+    assert run(job, "small.yaml", *own, "seed=2", **STAGE).returncode == 0
+    staging, preflight, training = recorded(job, "srun").calls[1:]
+    assert staging[-4:] == ["bash", str(SLURM / "stage_in.sh"), "/data/set", "/disk/set"]
+    assert "--ntasks=2" in staging and "--cpus-per-task=8" in staging
+    sets = [word for name in [*own, "seed=2", "data.path=/disk/set"] for word in ("--set", name)]
+    for argv in (preflight, training):
+        assert argv[argv.index("small.yaml") + 1 :][: len(sets)] == sets
+
+
+def test_another_data_set_than_the_staged_one_is_refused(job: Path) -> None:
+    done = run(job, "small.yaml", "data.path=/data/other", **STAGE)
+    assert done.returncode == 2
+    told = (
+        "data.path=/data/other is not the data set that is staged, HPCTRAIN_STAGE=/data/set: leave one of the two out"
+    )
+    assert done.stderr == f"train.sbatch: {told}\n"
+    assert not recorded(job, "srun").calls
+
+
+@pytest.mark.parametrize(("left_with", "status", "requeued"), [(2, 2, False), (1, 1, True), (137, 137, True)])
+def test_how_staging_ends_decides_whether_the_job_is_started_again(
+    job: Path, left_with: int, status: int, requeued: bool
+) -> None:
+    (job / "bin/srun").write_text(f"#!/bin/bash\ntouch $$.srun\n[[ $* != *stage_in* ]] || exit {left_with}\n")
+    assert run(job, "small.yaml", **STAGE).returncode == status
+    assert len(list(job.glob("*.srun"))) == 2  # nothing is started after it
+    last = [requeue(left_with, "--set", "data.path=/disk/set")] if requeued else []
+    assert recorded(job, "python").calls == [VERSION, *last]
 
 
 def leaves_with(job: Path, status: int) -> None:
@@ -298,6 +445,31 @@ def test_a_warning_during_the_preflight_leads_to_a_requeue(job: Path) -> None:
     assert len(list(job.glob("*.srun"))) == 1
 
 
+@pytest.mark.parametrize(("left_with", "status"), [(138, 75), (143, 75), (1, 75), (2, 2), (0, 0)])
+def test_a_warning_that_ranks_do_not_survive_asks_for_another_start(job: Path, left_with: int, status: int) -> None:
+    """It may come while they start python, before anything listens to signals."""
+    (job / "bin/srun").write_text(
+        "#!/bin/bash\n[[ $* == *'hpctrain train'* ]] || exit 0\n"
+        f"trap 'exit {left_with}' USR1\nkill -USR1 $PPID\nfor ((i = 0; i < 600; i++)); do sleep 0.1; done\n"
+    )
+    assert run(job, "small.yaml").returncode == status
+    assert (requeue(75) in recorded(job, "python").calls) == (status == 75)
+
+
+def test_a_warning_before_training_begins_is_not_lost(job: Path) -> None:
+    """bash runs a trap between two commands, here before it knows the step that the warning is for."""
+    text = TRAIN.read_text()
+    assert "    srun_pid=$!\n" in text
+    script = job / "train.sbatch"
+    script.write_text(text.replace("    srun_pid=$!\n", "    [[ -e warned ]] || kill -USR1 $$\n    srun_pid=$!\n"))
+    (job / "bin/srun").write_text(
+        "#!/bin/bash\n[[ $* == *doctor* ]] || exit 0\ntrap 'touch warned; exit 75' USR1\n"
+        "for ((i = 0; i < 600; i++)); do sleep 0.1; done\n"
+    )
+    assert run(job, "small.yaml", script=script).returncode == 75
+    assert recorded(job, "python").calls == [VERSION, requeue(75)]
+
+
 @pytest.mark.parametrize("status", [0, 1, 2, 137])
 def test_the_status_of_the_ranks_is_that_of_the_job(job: Path, status: int) -> None:
     leaves_with(job, status)
@@ -324,6 +496,14 @@ def test_an_array_keeps_its_run_directory_and_stops_when_it_has_finished(job: Pa
     assert done.returncode == 0
     assert recorded(job, "srun").calls[-1][-1] == "runs/small-30070"
     assert recorded(job, "scancel").calls == [["--state=PENDING", "30070"]]
+
+
+def test_an_array_stops_at_a_mistake_and_goes_on_after_a_checkpoint(job: Path) -> None:
+    assert run(job, "none.yaml", SLURM_ARRAY_JOB_ID="30070").returncode == 2
+    assert recorded(job, "scancel").calls == [["--state=PENDING", "30070"]]
+    leaves_with(job, 75)
+    assert run(job, "small.yaml", SLURM_ARRAY_JOB_ID="30070").returncode == 75
+    assert len(recorded(job, "scancel").calls) == 1
 
 
 def test_a_run_directory_can_be_gone_on_in(job: Path) -> None:
@@ -381,12 +561,26 @@ def test_imagenet_is_packed_from_its_three_archives_and_verified(job: Path) -> N
         ["-m", "hpctrain", "data", "verify", "packed set", "--jobs", "2"],
     ]
     assert "two arguments are wanted" in run(job, script=SLURM / "prepare_imagenet.sh").stderr
+    nowhere = run(job, str(archives), "/proc/none", script=SLURM / "prepare_imagenet.sh")
+    assert nowhere.returncode == 2
+    assert nowhere.stderr.endswith("the folder /proc/none cannot be made: name one that can be\n")
 
 
-def test_installing_wants_the_checkout(job: Path) -> None:
-    done = run(job, script=SLURM / "install.sbatch")
-    assert done.returncode == 2
-    assert done.stderr.endswith("is not hpctrain's checkout: submit this script there, or name it with HPCTRAIN_HOME\n")
+def test_imagenet_is_packed_in_the_container(job: Path) -> None:
+    for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz", "my image.sif"):
+        (job / name).touch()
+    Double(job / "bin", "apptainer")
+    done = run(job, str(job), "packed", script=SLURM / "prepare_imagenet.sh", HPCTRAIN_CONTAINER="my image.sif")
+    assert done.returncode == 0, done.stderr
+    pack, verify = recorded(job, "apptainer").calls
+    assert entered(job, ["apptainer", *pack], job, job, job / "packed")[:5] == [
+        "python",
+        "-m",
+        "hpctrain",
+        "data",
+        "pack",
+    ]
+    assert entered(job, ["apptainer", *verify], job, job, job / "packed")[4] == "verify"
 
 
 @pytest.mark.parametrize(
