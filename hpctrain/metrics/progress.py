@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -105,9 +106,9 @@ class Course:
         return f"{max(1, math.ceil(round(epoch, 6)))}/{self.epochs}"
 
     def eta(self, step: int) -> str:
-        """Time left at the pace so far, evaluations and checkpoints included."""
+        """Time left at the pace so far, evaluations and checkpoints included: ``1:02:33``, ``3 days, 4:05:06``."""
         pace_s = (time.monotonic() - self._started_s) / max(1, step - self._first_step)
-        return _duration(pace_s * max(0, self.total_steps - step))
+        return str(timedelta(seconds=round(pace_s * max(0, self.total_steps - step))))
 
 
 class SilentDisplay:
@@ -236,10 +237,3 @@ def _percent(fraction: float | None) -> str:
 
 def _rate(images_per_s: float) -> str:
     return f"{images_per_s:.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    """``1:02:33``, or ``3 d 4:05:06``."""
-    days, rest = divmod(round(seconds), 86_400)
-    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days} d {clock}" if days else clock

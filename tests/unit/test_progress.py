@@ -66,7 +66,7 @@ def test_time_left_counts_only_steps_of_this_process(monkeypatch: pytest.MonkeyP
     display = make_display(True, epochs=90, total_steps=2200, first_step=200, stream=stream)
     display.start("", [])
     display.step(STEP)
-    assert stream.getvalue().splitlines()[-1].endswith("ETA 4 d 15:06:40")
+    assert stream.getvalue().splitlines()[-1].endswith("ETA 4 days, 15:06:40")
 
 
 def test_figures_that_are_missing_do_not_stop_the_display() -> None:
