@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -20,7 +19,7 @@ from hpctrain.comm.serial import SerialCommunicator
 from hpctrain.config.load import load_config
 from hpctrain.config.schema import Config
 from hpctrain.errors import UserError
-from hpctrain.metrics.jsonfiles import to_json_value, write_atomic
+from hpctrain.metrics.jsonfiles import write_json
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.topology.ranks import Topology, detect
 from hpctrain.train.build import open_data
@@ -99,4 +98,4 @@ def teller(rounds: int, is_main: bool) -> Callable[[int], None]:
 
 def write_result(json_file: Path | None, record: Mapping[str, Any]) -> None:
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(to_json_value(record), indent=2) + "\n").encode())
+        write_json(json_file, record)

@@ -48,7 +48,7 @@ def bench_data(
 @bench_app.command("comm")
 def bench_comm(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML recipe; of it comm, train.device and seed count (default: none)")
+        Path | None, typer.Argument(help="YAML recipe; only its comm, train.device and seed are used (default: none)")
     ] = None,
     overrides: Overrides = None,
     # Not --min and --max: horovodrun takes them for beginnings of its own options, even behind the command.
@@ -86,11 +86,14 @@ def bench_comm(
 def bench_gradients(
     config: Annotated[
         Path | None,
-        typer.Argument(help="YAML recipe; of it model, data.image_size, gradients and comm count"),
+        typer.Argument(help="YAML recipe; only its model, data.image_size, gradients and comm are used"),
     ] = None,
     overrides: Overrides = None,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="NAME", help="net whose tensors count; without CONFIG resnet50")
+        str | None,
+        typer.Option(
+            "--model", metavar="NAME", help="model whose gradient shapes are exchanged (default: CONFIG's, or resnet50)"
+        ),
     ] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="processes of each competitor on this host; 2, or a launcher's")

@@ -60,9 +60,11 @@ def train(
     or torchrun.
 
     Exit status: 0 finished, 1 a fault of the machine, 2 a mistake in what was asked for, 75 stopped by a signal or a
-    time limit, with a checkpoint. torchrun and horovodrun --gloo make 1 of each but 0; the other launchers pass it on.
+    time limit, with a checkpoint. torchrun and horovodrun --gloo turn every non-zero status into 1; the other launchers
+    pass it through.
     """
     from hpctrain.config.load import load_config
+    from hpctrain.launch.continuing import TrainCommand
     from hpctrain.launch.preempt import Requests
 
     settings = load_config(config, overrides or [])
@@ -74,7 +76,8 @@ def train(
         if dry_run:
             print_plan(settings)
         else:
-            train_command(settings, config.stem, resume=resume, run_dir=run_dir, requests=requests)
+            command = TrainCommand(config, tuple(overrides or ()))
+            train_command(settings, command, resume=resume, run_dir=run_dir, requests=requests)
 
 
 @app.command("eval")
@@ -115,11 +118,11 @@ def doctor(
         raise UserError(
             "a configuration, --set and --run-dir are for `hpctrain doctor --job`: add --job, or leave them out"
         )
-    from hpctrain.doctor.machine import examine, render, to_json
+    from hpctrain.doctor.machine import examine, render, to_record
     from hpctrain.doctor.outcome import tell
 
     report = examine()
-    tell(to_json(report), lambda: render(report), json_file)
+    tell(to_record(report), lambda: render(report), json_file)
     raise typer.Exit(report.exit_code)
 
 

@@ -45,16 +45,14 @@ def verify(
     json_file: JsonFile = None,
 ) -> None:
     """Decode every picture of PATH and list what is wrong; exit 1 when anything is."""
-    import json
-
     from hpctrain.data.verify import verify as verify_all
 
     report = verify_all(path, jobs=jobs or len(os.sched_getaffinity(0)))
     typer.echo(report.text())
     if json_file is not None:
-        from hpctrain.metrics.jsonfiles import write_atomic
+        from hpctrain.metrics.jsonfiles import write_json
 
-        write_atomic(json_file, json.dumps(report.to_record(), indent=2).encode() + b"\n")
+        write_json(json_file, report.to_record())
     raise typer.Exit(0 if report.ok else 1)
 
 

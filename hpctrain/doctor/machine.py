@@ -233,9 +233,9 @@ def dali_problems(driver_cuda: int, names: Sequence[str]) -> list[str]:
     ]
 
 
-def to_json(report: Report) -> str:
-    """The report as JSON text, with ``ok`` first."""
-    return json.dumps({"ok": report.exit_code == 0, **asdict(report)}, indent=2)
+def to_record(report: Report) -> dict[str, Any]:
+    """The report as JSON values, with ``ok`` first."""
+    return {"ok": report.exit_code == 0, **asdict(report)}
 
 
 def render(report: Report) -> None:

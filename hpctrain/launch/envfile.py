@@ -54,7 +54,7 @@ def read_env(path: Path, environ: Mapping[str, str]) -> dict[str, Entry]:
         if (key := match["key"]) is None:
             continue
         if key in entries:
-            raise UserError(f"{path}:{number}: {key} stands in line {entries[key].line} already: leave one of them out")
+            raise UserError(f"{path}:{number}: {key} is already set on line {entries[key].line}: leave one of them out")
         known = {**environ, **{name: entry.value for name, entry in entries.items()}}
         entries[key] = Entry(_value(match, known), number)
     return entries

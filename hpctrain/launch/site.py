@@ -100,8 +100,8 @@ def _unknown(key: str, entry: Entry, path: Path, known: list[str]) -> str:
 _REQUIREMENTS = {
     "memory_per_node": "must be a size as Slurm writes it, such as 500G",
     "max_time": "must be a time as Slurm writes it, such as 90 (minutes), 12:00:00 or 2-00",
-    "mpi": "must be pmix, pmix_v4 or the like, or none (torch, and Horovod over Gloo): with any other every rank "
-    "would be a world of its own",
+    "mpi": "must be pmix, pmix_v4 or the like, or none (torch, and Horovod over Gloo): with any other each "
+    "rank would start as a separate one-process MPI job",
 }
 
 

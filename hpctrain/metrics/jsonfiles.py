@@ -43,9 +43,12 @@ def encode_line(value: Any) -> bytes:
 
 def cannot_write(path: Path, error: OSError) -> MachineError:
     """What to raise when the system refuses a write under ``path``."""
-    return MachineError(
-        f"cannot write {path}: {error.strerror}; free the disk or make the folder writable, then resume the run"
-    )
+    return MachineError(f"cannot write {path}: {error.strerror}; free the disk or make the folder writable")
+
+
+def cannot_log(path: Path, error: OSError) -> MachineError:
+    """The same for a log of a run that is under way."""
+    return MachineError(f"{cannot_write(path, error)}, then resume the run")
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -67,6 +70,16 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise cannot_write(path, error) from error
 
 
+def to_text(value: Any) -> str:
+    """``value`` as a file of JSON for people too; figures that are not finite are null in it."""
+    return json.dumps(to_json_value(value), indent=2, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Put ``to_text(value)`` into ``path``; as ``write_atomic``."""
+    write_atomic(path, to_text(value).encode())
+
+
 class DurableLog:
     """Appends lines of JSON to ``path``, after what is there; a torn last line is cut off first.
 
@@ -80,14 +93,14 @@ class DurableLog:
             self._stream = path.open("ab")
             self._stream.truncate(_whole_lines_bytes(path))
         except OSError as error:
-            raise cannot_write(path, error) from error
+            raise cannot_log(path, error) from error
 
     def append(self, value: Any) -> None:
         """Add a line, which a crash may take until it was flushed."""
         try:
             self._stream.write(encode_line(value))
         except OSError as error:
-            raise cannot_write(self._path, error) from error
+            raise cannot_log(self._path, error) from error
 
     def flush(self) -> None:
         """Return when all lines are on the disk."""
@@ -95,20 +108,21 @@ class DurableLog:
             self._stream.flush()
             os.fsync(self._stream.fileno())
         except OSError as error:
-            raise cannot_write(self._path, error) from error
+            raise cannot_log(self._path, error) from error
 
     def close(self) -> None:
         """Close the file; further calls do nothing."""
         try:
             self._stream.close()
         except OSError as error:
-            raise cannot_write(self._path, error) from error
+            raise cannot_log(self._path, error) from error
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a ``DurableLog``, in order, one in memory at a time; a torn last line is left out.
+    """The objects in ``path``, one a line, in order and one in memory at a time; a last line without its end, torn by
+    a kill, is left out.
 
-    Raises UserError when the file cannot be read or another line is damaged.
+    Raises UserError when the file cannot be read or a line is no object.
     """
     number = 0
     try:
@@ -116,16 +130,25 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
             for row in stream:
                 number += 1
                 if row.endswith(b"\n"):
-                    yield json.loads(row)
+                    yield _object(row)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name the folder of a run that wrote it") from error
     except ValueError as error:
-        raise UserError(f"line {number} of {path} is damaged; restore the file from a copy") from error
+        raise UserError(
+            f"line {number} of {path} is damaged; restore the file from a copy, or delete that line"
+        ) from error
 
 
 def read_log_if_any(path: Path) -> list[dict[str, Any]]:
     """All lines of ``read_log``, in memory; none where there is no such file."""
     return list(read_log(path)) if path.exists() else []
+
+
+def _object(row: bytes) -> dict[str, Any]:
+    value = json.loads(row)
+    if not isinstance(value, dict):
+        raise ValueError("no object")
+    return value
 
 
 def _whole_lines_bytes(path: Path) -> int:

@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 CONFIG_FILE = "config.yaml"
-RECORD_FILE = "record.json"
+PREFLIGHT_FILE = "preflight.json"
 LAUNCHES_FILE = "launches.jsonl"
+STEPS_FILE = "steps.jsonl"
+EVALS_FILE = "evals.jsonl"
+RECORD_FILE = "record.json"
+PICTURE_FILE = "learning-curve.png"
 CHECKPOINTS = "checkpoints"
+SAMPLES = "samples"
 
 CHECKPOINT_PREFIX = "step-"
+#: of a checkpoint; a folder without one is none
+MANIFEST_FILE = "manifest.json"
 
 
 def checkpoint_name(step: int) -> str:

@@ -18,8 +18,6 @@ from hpctrain.metrics.jsonfiles import write_atomic
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PICTURE_FILE = "learning_curve.png"
-
 _MAX_PIECES = 1000
 _SMOOTHING_SHARE = 0.04
 DPI = 200

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hpctrain.errors import UserError
-from hpctrain.metrics.jsonfiles import to_json_value, write_atomic
+from hpctrain.metrics.jsonfiles import to_json_value, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,8 +141,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     the file cannot be written.
     """
     checked = Record.model_validate(to_json_value({"schema": SCHEMA, **record}))
-    content = json.dumps(checked.model_dump(by_alias=True), indent=2, allow_nan=False) + "\n"
-    write_atomic(path, content.encode())
+    write_json(path, checked.model_dump(by_alias=True))
 
 
 def read_record(path: Path) -> Record:

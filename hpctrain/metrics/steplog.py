@@ -1,24 +1,21 @@
 """The run as it goes: one line of JSON a logged step in ``steps.jsonl``, one an evaluation in ``evals.jsonl``.
 
 Rank 0 appends while it trains; a line is one write, so a kill costs at most the line under way. The two kinds
-of line are in two files so that each file is a table. The summary of a finished run is ``record``.
+of line are in two files so that each file is a table, which ``jsonfiles.read_log`` reads. The summary of a finished
+run is ``record``.
 """
 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpctrain.errors import UserError
-from hpctrain.metrics.jsonfiles import cannot_write, encode_line, write_atomic
+from hpctrain.metrics.jsonfiles import cannot_log, encode_line, read_log_if_any, write_atomic
+from hpctrain.metrics.layout import EVALS_FILE, STEPS_FILE
 from hpctrain.metrics.stragglers import Straggler
-
-STEPS_FILE = "steps.jsonl"
-EVALS_FILE = "evals.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,28 +94,15 @@ class StepLog:
         self._evals.close()
 
 
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``steps.jsonl``, in order; a torn last line is left out.
-
-    Raises UserError when the file is missing or a line before the last is not a JSON object with a step.
-    """
-    return _read_lines(path)
-
-
-def read_evals(path: Path) -> list[dict[str, Any]]:
-    """The lines of an ``evals.jsonl``; as ``read_steps``."""
-    return _read_lines(path)
-
-
 def _open_after(path: Path, resumed_step: int) -> io.FileIO:
     """``path`` open for appending, its lines ending with ``resumed_step``."""
+    kept = [line for line in read_log_if_any(path) if line["step"] <= resumed_step]
     if path.exists():
-        kept = [line for line in _read_lines(path) if line["step"] <= resumed_step]
         write_atomic(path, b"".join(map(encode_line, kept)))
     try:
         return io.FileIO(path, "a")
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise cannot_log(path, error) from error
 
 
 def _append(stream: io.FileIO, line: Mapping[str, Any]) -> None:
@@ -128,29 +112,4 @@ def _append(stream: io.FileIO, line: Mapping[str, Any]) -> None:
         while left:
             left = left[stream.write(left) :]
     except OSError as error:
-        raise cannot_write(Path(str(stream.name)), error) from error
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; name the folder of a run that has logged at least one step")
-    rows = path.read_bytes().split(b"\n")
-    while rows and not rows[-1].strip():
-        rows.pop()
-    lines: list[dict[str, Any]] = []
-    for number, row in enumerate(rows, start=1):
-        line = _parse(row)
-        if line is not None:
-            lines.append(line)
-        elif number < len(rows):
-            raise UserError(f"line {number} of {path} is damaged; delete that line, or restore the file from a copy")
-    return lines
-
-
-def _parse(row: bytes) -> dict[str, Any] | None:
-    """The object of one line, or None when it is not one with a step."""
-    try:
-        line = json.loads(row)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+        raise cannot_log(Path(str(stream.name)), error) from error

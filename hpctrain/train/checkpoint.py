@@ -22,10 +22,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hpctrain.errors import MachineError, UserError
-from hpctrain.metrics.layout import CHECKPOINT_PREFIX, checkpoint_name, list_checkpoints
+from hpctrain.metrics.layout import CHECKPOINT_PREFIX, MANIFEST_FILE, checkpoint_name, list_checkpoints
 
 SCHEMA = 1
-_MANIFEST = "manifest.json"
 
 TensorGroups = dict[str, dict[str, Tensor]]
 
@@ -91,15 +90,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
+        manifest = json.loads((path / MANIFEST_FILE).read_bytes())
     except OSError as error:
-        raise _unusable(path, f"{_MANIFEST} cannot be read ({error.strerror})") from error
+        raise _unusable(path, f"{MANIFEST_FILE} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise _unusable(path, f"{_MANIFEST} is not JSON") from error
+        raise _unusable(path, f"{MANIFEST_FILE} is not JSON") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise _unusable(path, f"{_MANIFEST} is not of schema {SCHEMA}")
+        raise _unusable(path, f"{MANIFEST_FILE} is not of schema {SCHEMA}")
     if manifest.pop("sha256", None) != _digest_of(manifest):
-        raise _unusable(path, f"{_MANIFEST} does not match its digest")
+        raise _unusable(path, f"{MANIFEST_FILE} does not match its digest")
     return manifest
 
 
@@ -126,7 +125,7 @@ def _fill(folder: Path, checkpoint: Checkpoint) -> None:
         "numbers": checkpoint.numbers,
     }
     manifest["sha256"] = _digest_of(manifest)
-    with open(folder / _MANIFEST, "wb") as file:
+    with open(folder / MANIFEST_FILE, "wb") as file:
         file.write(json.dumps(manifest, indent=1).encode())
         file.flush()
         os.fsync(file.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from hpctrain.config.load import load_config
 from hpctrain.config.schema import Config, ParallelConfig
 from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.preempt import Requests
-from hpctrain.metrics.jsonfiles import write_atomic
+from hpctrain.metrics.jsonfiles import write_json
 from hpctrain.topology.ranks import Topology, detect
 from hpctrain.train.build import build_feeds, build_parts, open_data, plan_for
 from hpctrain.train.resume import check_model, find_checkpoint, load_together
@@ -69,7 +68,7 @@ def eval_command(path: Path, overrides: list[str], json_file: Path | None) -> No
             figures = asdict(result) | {"checkpoint": str(folder)}
             print(f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  loss {result.loss:.4f}  on {result.seen} samples")
             if json_file is not None:
-                write_atomic(json_file, json.dumps(figures, indent=2).encode() + b"\n")
+                write_json(json_file, figures)
 
 
 def evaluate_checkpoint(config: Config, session: Session, folder: Path) -> Evaluation:

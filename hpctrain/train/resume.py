@@ -12,7 +12,7 @@ from hpctrain.comm.agree import on_rank_zero, raise_together
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import HpctrainError, UserError
 from hpctrain.gradients.residuals import gather_residuals, restore_residuals
-from hpctrain.metrics.layout import CHECKPOINTS, list_checkpoints
+from hpctrain.metrics.layout import CHECKPOINTS, MANIFEST_FILE, list_checkpoints
 from hpctrain.optim.state import load_optimizer_state, optimizer_state
 from hpctrain.train.checkpoint import Checkpoint, TensorGroups, load_checkpoint
 from hpctrain.train.parts import Parts
@@ -171,7 +171,7 @@ def _candidates(checkpoints: Path, resume: str) -> list[str]:
 
 def find_checkpoint(path: Path) -> Path:
     """``path`` itself when it is a checkpoint, or the newest one of the run directory that it is."""
-    if (path / "manifest.json").exists():
+    if (path / MANIFEST_FILE).exists():
         return path
     newest = list_checkpoints(path / CHECKPOINTS)
     if not newest:

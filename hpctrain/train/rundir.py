@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hpctrain.errors import MachineError, UserError
-from hpctrain.metrics.layout import CHECKPOINTS, CONFIG_FILE, RECORD_FILE
+from hpctrain.metrics.layout import CHECKPOINTS, CONFIG_FILE, EVALS_FILE, PICTURE_FILE, RECORD_FILE, STEPS_FILE
 
 _LOCK_NAME = ".lock"
 #: A job that was stopped may take this long to die, after its launcher has ended and the next one begun.
@@ -43,11 +43,11 @@ class RunDirectory:
 
     @property
     def steps(self) -> Path:
-        return self.path / "steps.jsonl"
+        return self.path / STEPS_FILE
 
     @property
     def evals(self) -> Path:
-        return self.path / "evals.jsonl"
+        return self.path / EVALS_FILE
 
     @property
     def record(self) -> Path:
@@ -55,7 +55,7 @@ class RunDirectory:
 
     @property
     def picture(self) -> Path:
-        return self.path / "learning-curve.png"
+        return self.path / PICTURE_FILE
 
     @property
     def checkpoints(self) -> Path:

@@ -18,7 +18,7 @@ from hpctrain.data.types import Batch
 from hpctrain.errors import UserError
 from hpctrain.metrics.jsonfiles import DurableLog, read_log
 from hpctrain.metrics.launches import Launch, read_launches
-from hpctrain.metrics.layout import CHECKPOINTS, list_checkpoints, step_of
+from hpctrain.metrics.layout import CHECKPOINTS, SAMPLES, list_checkpoints, step_of
 
 FOLDER = "samples"
 
@@ -27,7 +27,7 @@ class SampleLog:
     """One rank's log of one launch."""
 
     def __init__(self, run_dir: Path, rank: int, launch: int) -> None:
-        self._log = DurableLog(run_dir / FOLDER / f"{rank}.jsonl")
+        self._log = DurableLog(run_dir / SAMPLES / f"{rank}.jsonl")
         self._launch = launch
 
     def noting(self, batches: Iterator[Batch], first_step: int, accumulation: int) -> Iterator[Batch]:
@@ -72,7 +72,7 @@ def samples_seen(run_dir: Path) -> dict[int, np.ndarray]:
     for step, launch in enumerate(owners):
         if told[step] != launch.world_size:
             raise UserError(
-                f"{run_dir / FOLDER} tells of step {step + 1} on {told[step]} of {launch.world_size} ranks; "
+                f"{run_dir / SAMPLES} tells of step {step + 1} on {told[step]} of {launch.world_size} ranks; "
                 "set data.log_samples=true from the first step of a run to its last"
             )
     return counts
@@ -87,5 +87,5 @@ def owner_of_steps(launches: list[Launch], steps: int) -> list[Launch]:
 
 
 def _lines(run_dir: Path, rank: int) -> Iterator[dict[str, Any]]:
-    path = run_dir / FOLDER / f"{rank}.jsonl"
+    path = run_dir / SAMPLES / f"{rank}.jsonl"
     return read_log(path) if path.exists() else iter(())

@@ -8,11 +8,11 @@ from typing import Any
 from hpctrain.comm.agree import on_rank_zero
 from hpctrain.config.load import config_hash
 from hpctrain.metrics.clock import RunTimes
+from hpctrain.metrics.jsonfiles import read_log_if_any
 from hpctrain.metrics.picture import draw_learning_curve
 from hpctrain.metrics.progress import Summary
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.metrics.record import parameters_sha256, write_record
-from hpctrain.metrics.steplog import read_evals, read_steps
 from hpctrain.metrics.stragglers import stragglers_of
 from hpctrain.train.build import Feeds
 from hpctrain.train.loop import Loop
@@ -31,11 +31,10 @@ def finish(loop: Loop, feeds: Feeds, provenance: Provenance, notes: dict[str, An
     run = loop.run
 
     def write() -> None:
-        steps = read_steps(run.steps) if run.steps.is_file() else []
+        steps = read_log_if_any(run.steps)
         write_record(run.record, record | {"stragglers": stragglers_of(steps)})
         if steps:
-            evals = read_evals(run.evals) if run.evals.is_file() else []
-            draw_learning_curve(run.picture, steps, evals, title)
+            draw_learning_curve(run.picture, steps, read_log_if_any(run.evals), title)
 
     on_rank_zero(loop.parts.comm, write)
     accuracy = loop.progress.evaluation or {}

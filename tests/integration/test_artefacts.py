@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from hpctrain.config.load import config_hash, load_config
+from hpctrain.metrics.jsonfiles import read_log_if_any
 from hpctrain.metrics.record import read_record
-from hpctrain.metrics.steplog import read_evals, read_steps
 from hpctrain.train.checkpoint import load_checkpoint
 from tests.integration.commands import Ranks, train, write_config
 from tests.needs import needs
@@ -72,7 +72,7 @@ def test_the_record(run: Path) -> None:
 
 
 def test_the_logs(run: Path) -> None:
-    steps, evals = read_steps(run / "steps.jsonl"), read_evals(run / "evals.jsonl")
+    steps, evals = read_log_if_any(run / "steps.jsonl"), read_log_if_any(run / "evals.jsonl")
     assert [line["step"] for line in steps] == [4, 8, 12, 16, 20, 22, 24, 28, 32, 36, 40, 44]
     assert [(line["step"], line["epoch"], line["seen"]) for line in evals] == [(22, 1.0, 359), (44, 2.0, 359)]
     assert set(steps[0]["phases_s"]) == {"data", "forward", "backward", "exposed_comm", "optimizer"}

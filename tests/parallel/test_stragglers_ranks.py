@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.metrics.steplog import read_steps
+from hpctrain.metrics.jsonfiles import read_log
 from tests.needs import needs
 from tests.parallel.launch import launch
 from tests.parallel.slowed import EVERY, FIRST_SLOW, LAST_SLOW, STEPS
@@ -42,7 +42,7 @@ def test_a_slow_rank_is_named(tmp_path: Path, engine: str, launcher: str, world_
     assert FIRST_SLOW <= spell["first_step"] <= spell["last_step"] <= LAST_SLOW + EVERY
     named = [
         line["step"]
-        for line in read_steps(tmp_path / "steps.jsonl")
+        for line in read_log(tmp_path / "steps.jsonl")
         if any(entry["rank"] == slow for entry in line.get("stragglers", ()))
     ]
     assert named[0] < FIRST_SLOW + 2 * EVERY

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from hpctrain.doctor import machine as doctor
 from hpctrain.doctor.machine import Choice, Report
 from hpctrain.doctor.outcome import tell
+from hpctrain.metrics.jsonfiles import to_text
 from hpctrain.topology.gpus import Gpus
 from hpctrain.topology.probe import Probe
 
@@ -136,24 +137,24 @@ def test_a_child_answers_past_what_libraries_print() -> None:
 
 
 def test_json_holds_everything_and_the_verdict() -> None:
-    record = json.loads(doctor.to_json(report("one thing")))
+    record = json.loads(to_text(doctor.to_record(report("one thing"))))
     assert record["ok"] is False
     assert TypeAdapter(Probe).validate_python(record["engines"][1]) == HOROVOD
     assert record["auto"][0] == {"situation": "mpirun", "picked": "horovod", "why": "auto under mpirun"}
-    assert json.loads(doctor.to_json(report()))["ok"] is True
+    assert doctor.to_record(report())["ok"] is True
 
 
 def test_findings_go_to_people_or_to_a_file_or_as_json_to_the_screen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def shown(json_file: Path | None) -> str:
-        tell('{"ok": true}', lambda: print("a table"), json_file)
+        tell({"ok": True}, lambda: print("a table"), json_file)
         return capsys.readouterr().out
 
     assert shown(None) == "a table\n"
-    assert shown(Path("-")) == '{"ok": true}\n'
+    assert shown(Path("-")) == '{\n  "ok": true\n}\n'
     assert shown(tmp_path / "found.json") == "a table\n"
-    assert (tmp_path / "found.json").read_text() == '{"ok": true}\n'
+    assert (tmp_path / "found.json").read_text() == '{\n  "ok": true\n}\n'
 
 
 def test_tables_name_reasons_remedies_and_problems(capsys: pytest.CaptureFixture[str]) -> None:

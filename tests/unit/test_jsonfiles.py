@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hpctrain.errors import MachineError
-from hpctrain.metrics.jsonfiles import encode_line, write_atomic
+from hpctrain.metrics.jsonfiles import DurableLog, encode_line, write_atomic, write_json
 
 
 def test_values_become_valid_json() -> None:
@@ -45,7 +45,9 @@ def test_failed_write_leaves_the_old_file_and_no_litter(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(f"hpctrain.metrics.jsonfiles.{failing}", fail)
-    with pytest.raises(MachineError, match=r"cannot write .*record\.json: No space left on device; free the disk"):
+    with pytest.raises(
+        MachineError, match=r"record\.json: No space left on device; free the disk or make the folder writable$"
+    ):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["record.json"]
@@ -54,3 +56,19 @@ def test_failed_write_leaves_the_old_file_and_no_litter(
 def test_write_into_a_missing_folder_is_a_machine_error(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match=r"cannot write .*gone/x"):
         write_atomic(tmp_path / "gone" / "x", b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_only_a_run_that_is_under_way_can_be_resumed(tmp_path: Path) -> None:
+    log = DurableLog(tmp_path / "log.jsonl")
+    log._stream = open("/dev/full", "ab")  # noqa: SIM115
+    log.append({"step": 1})
+    with pytest.raises(
+        MachineError, match=r"log\.jsonl: No space left .*make the folder writable, then resume the run$"
+    ):
+        log.flush()
+
+
+def test_a_file_of_json_is_for_people_too(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"rate": float("nan"), "names": ("a",)})
+    assert (tmp_path / "x.json").read_text() == '{\n  "rate": null,\n  "names": [\n    "a"\n  ]\n}\n'

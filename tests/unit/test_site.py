@@ -168,7 +168,7 @@ def test_what_is_no_plain_value_is_refused_with_its_line(tmp_path: Path, line: s
         ("HPCTRAIN_ENGINE=nccl", "HPCTRAIN_ENGINE is 'nccl', but must be 'auto', 'horovod', 'mpi' or 'torch'"),
         ("HPCTRAIN_PARTITON=x", "HPCTRAIN_PARTITON is an unknown key: did you mean HPCTRAIN_PARTITION?"),
         ("HPCTRAIN_XYZZY=x", "HPCTRAIN_XYZZY is an unknown key: slurm/sites/template.env lists those there are"),
-        ("\nA=1\nA=2", "A stands in line 3 already: leave one of them out"),
+        ("\nA=1\nA=2", "A is already set on line 3: leave one of them out"),
     ],
 )
 def test_a_wrong_value_is_told_with_file_line_and_what_is_right(tmp_path: Path, line: str, text: str) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from hpctrain.errors import MachineError, UserError
-from hpctrain.metrics.steplog import EvalFigures, StepFigures, StepLog, read_evals, read_steps
+from hpctrain.metrics.jsonfiles import read_log, read_log_if_any
+from hpctrain.metrics.steplog import EvalFigures, StepFigures, StepLog
 
 STEP = StepFigures(
     step=1, epoch=0.5, loss=2.25, lr=0.1, images_per_s=812.5, phases_s={"data": 0.01}, counters={"corrupt_skipped": 2}
@@ -34,15 +35,15 @@ def write_run(folder: Path, last_step: int, resumed_step: int = 0) -> None:
 
 
 def steps_of(folder: Path) -> list[int]:
-    return [line["step"] for line in read_steps(folder / "steps.jsonl")]
+    return [line["step"] for line in read_log(folder / "steps.jsonl")]
 
 
 def test_lines_have_the_stable_keys_then_the_counters(tmp_path: Path) -> None:
     write_run(tmp_path, 5)
-    line = read_steps(tmp_path / "steps.jsonl")[0]
+    line = read_log_if_any(tmp_path / "steps.jsonl")[0]
     assert list(line) == [*STABLE_KEYS, "corrupt_skipped"]
     assert line["phases_s"] == {"data": 0.01}
-    (evaluation,) = read_evals(tmp_path / "evals.jsonl")
+    (evaluation,) = read_log(tmp_path / "evals.jsonl")
     assert evaluation == {
         "step": 5, "epoch": 1.0, "loss": 1.5, "top1": 0.7, "top5": 0.9, "seen": 50_001, "seconds": 3.0,
     }  # fmt: skip
@@ -53,7 +54,7 @@ def test_figures_that_are_not_numbers_are_null(tmp_path: Path) -> None:
     log.step(replace(STEP, loss=float("nan"), images_per_s=float("inf"), phases_s={"data": float("nan")}))
     log.close()
     assert "NaN" not in (tmp_path / "steps.jsonl").read_text()
-    (line,) = read_steps(tmp_path / "steps.jsonl")
+    (line,) = read_log(tmp_path / "steps.jsonl")
     assert (line["loss"], line["images_per_s"], line["phases_s"]) == (None, None, {"data": None})
 
 
@@ -66,7 +67,7 @@ def test_resume_drops_the_lines_of_later_steps(tmp_path: Path) -> None:
     write_run(tmp_path, 20)
     write_run(tmp_path, 14, resumed_step=12)
     assert steps_of(tmp_path) == list(range(1, 15))
-    assert [line["step"] for line in read_evals(tmp_path / "evals.jsonl")] == [5, 10]
+    assert [line["step"] for line in read_log(tmp_path / "evals.jsonl")] == [5, 10]
 
 
 def test_fresh_run_starts_with_empty_files(tmp_path: Path) -> None:
@@ -81,10 +82,8 @@ def test_torn_last_line_is_no_obstacle(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "steps.jsonl"
     content = path.read_bytes()
     path.write_bytes(content[:-cut])
-    # Without its newline alone, the last line is still whole.
-    whole = [1, 2, 3, 4] if cut == 1 else [1, 2, 3]
-    assert steps_of(tmp_path) == whole
-    write_run(tmp_path, 6, resumed_step=len(whole))
+    assert steps_of(tmp_path) == [1, 2, 3]
+    write_run(tmp_path, 6, resumed_step=3)
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
     assert path.read_bytes().endswith(b"\n")
 
@@ -146,15 +145,16 @@ def test_line_that_the_system_takes_in_two_parts_is_whole(tmp_path: Path) -> Non
 
 
 def test_missing_log_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"steps\.jsonl does not exist; name the folder of a run"):
-        read_steps(tmp_path / "steps.jsonl")
+    with pytest.raises(UserError, match=r"steps\.jsonl cannot be read \(No such .*; name the folder of a run"):
+        list(read_log(tmp_path / "steps.jsonl"))
 
 
-def test_damaged_line_before_the_last_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", ['{"step": ', "[2]"])
+def test_a_damaged_line_is_named(tmp_path: Path, damaged: str) -> None:
     path = tmp_path / "steps.jsonl"
-    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"line 2 of .*steps\.jsonl is damaged; delete that line"):
-        read_steps(path)
+    path.write_text(f'{{"step": 1}}\n{damaged}\n{{"step": 3}}\n')
+    with pytest.raises(UserError, match=r"line 2 of .*steps\.jsonl is damaged; restore .* from a copy, or delete that"):
+        StepLog(tmp_path, 3)
 
 
 def test_every_line_is_json_by_itself(tmp_path: Path) -> None:
