@@ -66,7 +66,7 @@ class Job:
     def wait_for_output(self, text: str, timeout_s: float) -> None:
         self.wait_until(lambda: text in self.output, timeout_s, f"print {text!r}")
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    def wait_until(self, condition: Callable[[], object], timeout_s: float, what: str) -> None:
         """Poll ``condition``; at the limit AssertionError says that the job did not ``what``, and all that is known."""
         deadline = time.monotonic() + timeout_s
         while not condition():

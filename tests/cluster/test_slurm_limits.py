@@ -24,13 +24,14 @@ import pytest
 
 from hpctrain.launch.exits import PREEMPTED
 from hpctrain.metrics.launches import read_launches
-from hpctrain.metrics.layout import LAUNCHES_FILE
-from hpctrain.train.samples import samples_seen
+from hpctrain.metrics.layout import CHECKPOINTS, LAUNCHES_FILE, checkpoint_name, list_checkpoints, step_of
 from tests.cluster.processes import until
+from tests.cluster.slow_disk import SlowDisk, half_written
 from tests.cluster.slurm import Slurm
 from tests.cluster.training import (
     LIMIT_S,
     Training,
+    assert_each_sample_once,
     digits_config,
     lines_of,
     record_of,
@@ -40,7 +41,6 @@ from tests.cluster.training import (
 from tests.needs import needs
 
 STEPS = 100
-SLOWLY = Path(__file__).with_name("slowly")
 #: how often a checkpoint is flushed: two files of tensors, its manifest, its folder, and the folder of all
 FLUSHES = 5
 LATE_S = 15
@@ -65,23 +65,6 @@ def nodes(_slurm_possible: None) -> Iterator[Slurm]:
 @pytest.fixture(scope="module")
 def config(nodes: Slurm) -> Path:
     return digits_config(nodes, STEPS)
-
-
-class SlowDisk:
-    """Of the jobs that are given ``env``: each flush of a checkpoint takes ``delay_s`` longer."""
-
-    def __init__(self, slurm: Slurm, name: str) -> None:
-        self._path = slurm.shared / f"delay-of-{name}"
-        self.env = {
-            "PYTHONPATH": f"{SLOWLY}:{slurm.env['PYTHONPATH']}",
-            "HPCTRAIN_TEST_DELAY": str(self._path),
-        }
-        self.delay_s(0)
-
-    def delay_s(self, seconds: float) -> None:
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(str(seconds))
-        partial.replace(self._path)
 
 
 @dataclass(frozen=True)
@@ -120,6 +103,7 @@ class Stage:
         self.ends(training, "COMPLETED")
         assert training.record()["parameters_sha256"] == record_of(self.alone.result())["parameters_sha256"]
         assert [line["step"] for line in training.steps()] == list(range(1, STEPS + 1))
+        assert_each_sample_once(training.run)
 
 
 def words(process: psutil.Process) -> list[str]:
@@ -129,13 +113,8 @@ def words(process: psutil.Process) -> list[str]:
         return []
 
 
-def unfinished(training: Training) -> list[Path]:
-    """Checkpoints that are being written, or were when their writer was killed."""
-    return list((training.run / "checkpoints").glob(".step-*.partial"))
-
-
 def newest_step(training: Training) -> int:
-    return max(int(path.name[5:]) for path in (training.run / "checkpoints").glob("step-*"))
+    return step_of(list_checkpoints(training.run / CHECKPOINTS)[0])
 
 
 def stopped_by_its_time_limit(stage: Stage) -> None:
@@ -148,14 +127,14 @@ def stopped_by_its_time_limit(stage: Stage) -> None:
         training.wait_for_checkpoint(5)
     finally:
         stage.limited_has_begun.set()
-    at_once, log = [len(unfinished(training))], training.run / LAUNCHES_FILE
+    at_once, log = [len(half_written(training))], training.run / LAUNCHES_FILE
 
     def over() -> bool:
-        at_once.append(len(unfinished(training)))
+        at_once.append(len(half_written(training)))
         return "end" in [line["event"] for line in lines_of(log)]
 
     training.job.wait_until(over, 180, "be stopped")
-    disk.delay_s(0)
+    disk.release()
     training.job.wait_for_output("is requeued (1 of at most 10)", 60)
     stage.finishes(training)
     assert max(at_once) == 1
@@ -167,6 +146,18 @@ def stopped_by_its_time_limit(stage: Stage) -> None:
     assert told, training.job.output
     ended = next(line["time"] for line in lines_of(log) if line["event"] == "end")
     assert datetime.fromisoformat(ended) <= datetime.fromisoformat(told[1]).astimezone() - timedelta(seconds=margin_s)
+
+
+def warned_by_slurm(stage: Stage) -> None:
+    """By --signal=B:USR1@60 of the script, 30 to 60 seconds after the start: of two minutes, none is the margin."""
+    disk = SlowDisk(stage.slurm, "warned")
+    disk.delay_s(1)
+    training = stage.submit("launch.margin_s=0", where="n[3-4]", options=("--time=2",), env=disk.env)
+    training.job.wait_until(lambda: any(told.preempted for told in read_launches(training.run)), 180, "be warned")
+    disk.release()
+    stage.finishes(training)
+    assert "stopped by SIGUSR1" in training.job.output
+    assert training.job.restarts >= 1
 
 
 def a_rank_that_stands_still(stage: Stage) -> None:
@@ -201,24 +192,24 @@ def begun(training: Training, start: int) -> bool:
 def cancelled_on_four_nodes_it_goes_on_on_two(stage: Stage) -> None:
     """SIGKILL comes KillWait after SIGTERM, and the checkpoint under way takes longer: the one before counts."""
     disk = SlowDisk(stage.slurm, "cancelled")
-    overrides = (f"comm.timeout_s={LATE_S}", "train.max_steps=60", "train.last_batch=pad", "data.log_samples=true")
+    overrides = (f"comm.timeout_s={LATE_S}", "train.max_steps=60")
     training = stage.submit(*overrides, where="n[1-4]", nodes=4, env=disk.env)
     training.wait_for_checkpoint(5)
-    disk.delay_s(600)
-    training.job.wait_until(lambda: bool(unfinished(training)), 60, "write a checkpoint")
-    (half,) = unfinished(training)
+    disk.hold()
+    training.job.wait_until(lambda: half_written(training), 60, "write a checkpoint")
+    (half,) = half_written(training)
     # Training goes on beside it, until the next one is due; then the peers wait, for as long as it takes.
-    training.wait_for_step(int(half.name.split("-")[1].split(".")[0]) + 5)
+    training.wait_for_step(newest_step(training) + 10)
     time.sleep(LATE_S / 2)
     training.job.cancel()
     stage.ends(training, "CANCELLED")
     assert "no progress" not in training.job.output
-    assert unfinished(training) == [half]
+    assert half_written(training) == [half]
     step = newest_step(training)
 
-    disk.delay_s(0)
+    disk.release()
     other = stage.slurm.shared / "runs/alone"
-    shutil.copytree(training.run / f"checkpoints/step-{step:06d}", other / f"checkpoints/step-{step:06d}")
+    shutil.copytree(list_checkpoints(training.run / CHECKPOINTS)[0], other / CHECKPOINTS / checkpoint_name(step))
     twice = (*overrides, "train.batch_per_worker=32")
     job = stage.submit(*twice, where="n[1-2]", env={"HPCTRAIN_RUN_DIR": str(training.run), **disk.env}).job
     train_alone(stage.config, other, 2, *twice)
@@ -227,12 +218,12 @@ def cancelled_on_four_nodes_it_goes_on_on_two(stage: Stage) -> None:
     assert f"going on from step {step}" in job.output
     assert training.record()["parameters_sha256"] == record_of(other)["parameters_sha256"]
     assert [launch.world_size for launch in read_launches(training.run)] == [4, 2]
-    seen = samples_seen(training.run)
-    assert [set(seen[epoch]) for epoch in (0, 1)] == [{1}, {1}]
+    assert_each_sample_once(training.run)
 
 
 STORIES = (
     stopped_by_its_time_limit,
+    warned_by_slurm,
     a_rank_that_stands_still,
     a_fault_twice_before_the_first_checkpoint,
     cancelled_on_four_nodes_it_goes_on_on_two,

@@ -14,6 +14,9 @@ from typing import Any
 
 from hpctrain.data.digits import make_digits
 from hpctrain.metrics.layout import CHECKPOINTS, checkpoint_name
+from hpctrain.train.samples import samples_seen
+from tests.cluster.host import Traffic
+from tests.cluster.processes import until
 from tests.cluster.slurm import Slurm
 from tests.cluster.slurm_job import Job
 from tests.parallel.launch import launch
@@ -67,13 +70,63 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines_of(run / "steps.jsonl")]
 
 
+def assert_each_sample_once(run: Path) -> None:
+    """In every epoch that is over, and none more often in the one under way."""
+    *over, last = [counts for _, counts in sorted(samples_seen(run).items())]
+    assert over and all(set(counts) == {1} for counts in over)
+    assert set(last) <= {0, 1}
+
+
+def traffic_of(slurm: Slurm) -> list[Traffic]:
+    """What has passed the card of each node so far."""
+    return [host.traffic() for host in slurm.cluster.hosts]
+
+
+def assert_same_as_alone(slurm: Slurm, training: Training, alone: Path, before: list[Traffic]) -> None:
+    """On all nodes; ``before`` is what had passed their cards until this job."""
+    assert training.job.wait(LIMIT_S) == "COMPLETED", training.job.output
+    traffic = [after.since(old) for after, old in zip(traffic_of(slurm), before, strict=True)]
+    assert not slurm.strangers()
+    assert losses(training.run) == losses(alone)
+    record, expected = training.record(), record_of(alone)
+    assert record["parameters_sha256"] == expected["parameters_sha256"]
+    nodes = len(slurm.names)
+    assert (record["plan"]["world_size"], record["plan"]["nodes"]) == (expected["plan"]["world_size"], nodes)
+    assert {row["host"] for row in record["ranks"]} == set(slurm.names)
+    # An all-reduce of N nodes sends 2 (N - 1) / N of the gradient's bytes through each card at least.
+    least = len(training.steps()) * record["wire"]["bytes_per_step"] * (nodes - 1) / nodes
+    assert all(passed.sent > least and passed.received > least for passed in traffic), (traffic, least)
+    _accounts_agree(training, nodes)
+
+
+def _accounts_agree(training: Training, nodes: int) -> None:
+    """sacct lags behind the job by seconds."""
+    assert until(lambda: {row["State"] for row in training.job.sacct("State")} == {"COMPLETED"}, 20)
+    rows = training.job.sacct("NNodes", "NodeList")
+    assert (rows[0]["NNodes"], rows[0]["NodeList"]) == (str(nodes), f"n[1-{nodes}]")
+
+
 def write_config(folder: Path, data: Path, *, batch_per_worker: int, max_steps: int) -> Path:
-    """small.yaml in ``folder``: a checkpoint every 5 steps, a line in steps.jsonl for each."""
+    """small.yaml in ``folder``: a checkpoint every 5 steps, a line in steps.jsonl for each, all samples in the log."""
     path = folder / "small.yaml"
     sections = {
         "model": {"name": "resnet20"},
-        "data": {"path": str(data), "loader": "dali", "threads": 1, "image_size": 8, "channels": 1, "flip": False},
-        "train": {"epochs": 100, "batch_per_worker": batch_per_worker, "max_steps": max_steps, "device": "cpu"},
+        "data": {
+            "path": str(data),
+            "loader": "dali",
+            "threads": 1,
+            "image_size": 8,
+            "channels": 1,
+            "flip": False,
+            "log_samples": True,
+        },
+        "train": {
+            "epochs": 100,
+            "max_steps": max_steps,
+            "batch_per_worker": batch_per_worker,
+            "last_batch": "pad",
+            "device": "cpu",
+        },
         "optimizer": {"nesterov": True},
         "schedule": {"kind": "cosine", "lr": 0.1, "warmup_epochs": 1},
         "gradients": {"reduction": "ordered"},
@@ -84,10 +137,11 @@ def write_config(folder: Path, data: Path, *, batch_per_worker: int, max_steps: 
     return path
 
 
-def digits_config(slurm: Slurm, max_steps: int) -> Path:
+def digits_config(slurm: Slurm, max_steps: int, batch_per_worker: int = 16) -> Path:
     """The digits in the shared folder, and a configuration that trains on them."""
-    make_digits(slurm.shared / "digits")
-    return write_config(slurm.shared, slurm.shared / "digits", batch_per_worker=16, max_steps=max_steps)
+    data = slurm.shared / "digits"
+    make_digits(data)
+    return write_config(slurm.shared, data, batch_per_worker=batch_per_worker, max_steps=max_steps)
 
 
 def train_alone(config: Path, run: Path, num_ranks: int, *overrides: str, limit_s: float = LIMIT_S) -> Path:
@@ -114,4 +168,4 @@ def submit(
     size = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--cpus-per-task=2"]
     settings = {"HPCTRAIN_RUNS": str(runs), **(env or {})}
     job = slurm.sbatch([*size, *options, str(TRAIN_SCRIPT), str(config), *overrides], settings)
-    return Training(job, runs / f"{config.stem}-{job.id}")
+    return Training(job, Path(settings.get("HPCTRAIN_RUN_DIR", runs / f"{config.stem}-{job.id}")))

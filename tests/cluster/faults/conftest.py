@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.slurm import Slurm
-from tests.cluster.training import LIMIT_S, Training, digits_config, record_of, submit, train_alone
+from tests.cluster.training import (
+    LIMIT_S,
+    Training,
+    assert_each_sample_once,
+    digits_config,
+    record_of,
+    submit,
+    train_alone,
+)
 from tests.needs import needs
 
-STEPS, NODES = 24, 2
+#: one more than an epoch has
+STEPS, BATCH, NODES = 24, 32, 2
 #: of the cables: a step takes a quarter of a second, in which the cores do little, so that faults find it at work
 RATE = "40mbit"
 
@@ -23,13 +32,13 @@ def _modules() -> None:
 
 @pytest.fixture(scope="module")
 def _nodes(_slurm_possible: None) -> Iterator[Slurm]:
-    with Slurm(num_nodes=4, tasks_per_node=2, rate=RATE) as slurm:
+    with Slurm(num_nodes=4, tasks_per_node=2, rate=RATE, accounting=True) as slurm:
         yield slurm
 
 
 @pytest.fixture(scope="module")
 def config(_nodes: Slurm) -> Path:
-    return digits_config(_nodes, STEPS)
+    return digits_config(_nodes, STEPS, BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +50,31 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def start(slurm: Slurm, config: Path) -> Callable[..., Training]:
-    """Submit on n1 and n2, or where told, and wait until the checkpoint of step 5 is there."""
+def begin(slurm: Slurm, config: Path) -> Callable[..., Training]:
+    """Submit on n1 and n2, or where told."""
 
-    def submitted(*overrides: str, options: tuple[str, ...] = ("--nodelist=n[1-2]",), engine: str = "mpi") -> Training:
-        env = {"HPCTRAIN_ENGINE": engine}
-        training = submit(slurm, config, *overrides, nodes=NODES, tasks=1, options=options, env=env)
+    def submitted(
+        *overrides: str,
+        options: tuple[str, ...] = ("--nodelist=n[1-2]",),
+        engine: str = "mpi",
+        env: Mapping[str, str] | None = None,
+    ) -> Training:
+        env = {"HPCTRAIN_ENGINE": engine, **(env or {})}
+        return submit(slurm, config, *overrides, nodes=NODES, tasks=1, options=options, env=env)
+
+    return submitted
+
+
+@pytest.fixture
+def start(begin: Callable[..., Training]) -> Callable[..., Training]:
+    """The same, and wait until the checkpoint of step 5 is there."""
+
+    def started(*overrides: str, **how: object) -> Training:
+        training = begin(*overrides, **how)
         training.wait_for_checkpoint(5)
         return training
 
-    return submitted
+    return started
 
 
 @pytest.fixture
@@ -61,6 +85,7 @@ def finishes(slurm: Slurm, undisturbed: str) -> Callable[[Training], None]:
         assert training.job.wait(LIMIT_S) == "COMPLETED", training.job.output
         assert training.record()["parameters_sha256"] == undisturbed
         assert [line["step"] for line in training.steps()] == list(range(1, STEPS + 1))
+        assert_each_sample_once(training.run)
         assert not slurm.strangers()
 
     return finished

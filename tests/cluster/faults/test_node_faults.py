@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import pytest
 
+from tests.cluster.slow_disk import SlowDisk, half_written
 from tests.cluster.slurm import Slurm
 from tests.cluster.slurm_etc import NODE_TIMEOUT_S
-from tests.cluster.training import LIMIT_S, Training, submit
+from tests.cluster.training import LIMIT_S, Training
 
 Start = Callable[..., Training]
 Finishes = Callable[[Training], None]
@@ -31,8 +32,8 @@ def test_a_crashed_node_is_replaced_before_slurm_has_missed_it(slurm: Slurm, sta
     assert lost not in training.job.nodes
 
 
-def test_a_node_lost_before_the_first_step_is_replaced(slurm: Slurm, finishes: Finishes, config: Path) -> None:
-    training = submit(slurm, config, nodes=2, tasks=1, env={"HPCTRAIN_ENGINE": "mpi"})
+def test_a_node_lost_before_the_first_step_is_replaced(slurm: Slurm, begin: Start, finishes: Finishes) -> None:
+    training = begin(options=())
     training.job.wait_for_output("start 1", LIMIT_S)
     lost = training.job.nodes[1]
     slurm.cluster.kill(lost)
@@ -40,19 +41,32 @@ def test_a_node_lost_before_the_first_step_is_replaced(slurm: Slurm, finishes: F
     assert lost not in training.job.nodes
 
 
-def test_a_lost_node_is_replaced(slurm: Slurm, start: Start, finishes: Finishes) -> None:
-    training = start(options=())
-    lost = training.job.nodes[1]
+def test_a_lost_node_is_replaced_or_waited_for(slurm: Slurm, begin: Start, finishes: Finishes) -> None:
+    """By one job that takes what nodes there are, and by another one that has to have this node."""
+    disk = SlowDisk(slurm, "both")
+    disk.hold()
+    replacing = begin(options=(), env=disk.env)
+    replacing.job.wait_for("RUNNING", 30)
+    nodes = replacing.job.nodes
+    waiting = begin(options=(f"--nodelist={','.join(nodes)}",), env=disk.env)
+    for training in (replacing, waiting):
+        training.job.wait_until(partial(half_written, training), LIMIT_S, "write a checkpoint")
+    disk.release()
+    for training in (replacing, waiting):
+        training.wait_for_checkpoint(5)
+    lost = nodes[1]
     slurm.kill_node(lost)
-    training.job.wait_for("PENDING", NODE_TIMEOUT_S + 60)
+    for training in (replacing, waiting):
+        training.job.wait_for("PENDING", NODE_TIMEOUT_S + 60)
     assert slurm.node_states()[lost].startswith("down")
-    finishes(training)
-    assert training.job.restarts == 1
-    assert lost not in training.job.nodes
-    assert lost not in {row["host"] for row in training.record()["ranks"]}
+    finishes(replacing)
+    assert lost not in replacing.job.nodes
+    assert lost not in {row["host"] for row in replacing.record()["ranks"]}
+    assert waiting.job.state == "PENDING"
     slurm.boot_node(lost)
-    slurm.await_nodes("idle", [lost])
-    assert slurm.srun([f"--nodelist={lost}", "hostname"]) == f"{lost}\n"
+    finishes(waiting)
+    assert waiting.job.nodes == nodes
+    assert (replacing.job.restarts, waiting.job.restarts) == (1, 1)
 
 
 def test_a_cable_out_for_five_seconds_is_waited_for(slurm: Slurm, start: Start, finishes: Finishes) -> None:

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from hpctrain.launch.exits import PREEMPTED
+from hpctrain.metrics.launches import read_launches
+from hpctrain.metrics.layout import CHECKPOINTS, list_checkpoints
+from hpctrain.topology.hosts import hosts
+from tests.cluster.slow_disk import SlowDisk, half_written
 from tests.cluster.slurm import Slurm
 from tests.cluster.training import LIMIT_S, Training, kill_ranks, submit
 
@@ -39,26 +43,54 @@ def test_daemons_and_drains_do_not_touch_the_job(slurm: Slurm, start: Start, fin
     slurm.stop_controller()
     slurm.start_controller()
     training.wait_for_step(12)
+    assert slurm.node_states()["n1"] == "draining"
     slurm.start_slurmd("n2")
+    slurm.scontrol(["update", "nodename=n1", "state=resume"])
     finishes(training)
     assert training.job.restarts == 0
-    slurm.await_nodes("drained", ["n1"])
+    slurm.await_nodes("idle", slurm.names)
 
 
 def test_requeued_by_the_administrator(slurm: Slurm, start: Start, finishes: Finishes) -> None:
+    """What Slurm's accounts say of both starts stands in the record."""
     training = start()
     training.job.requeue()
     finishes(training)
     assert training.job.restarts == 1
+    accounts = training.record()["slurm"]
+    first, second = accounts["starts"]
+    assert (first["job"], first["state"]) == (training.job.id, "REQUEUED")
+    assert list(hosts(second["nodes"])) == training.job.nodes
+    assert [step["name"] for step in second["steps"]][-1] == "python"
+    assert second["steps"][-1]["state"] == "COMPLETED"
+    # A rank that trains holds torch in memory; the nodes have no sensors.
+    assert accounts["max_rss_bytes"] > 100 * 2**20
+    assert accounts["energy_j"] is None
+    assert accounts["elapsed_s"] >= first["elapsed_s"] > 0
 
 
-def test_a_warning_leads_to_a_checkpoint_and_a_requeue(slurm: Slurm, start: Start, finishes: Finishes) -> None:
-    training = start()
+def test_warnings_lead_to_as_many_requeues_as_are_allowed(slurm: Slurm, start: Start, finishes: Finishes) -> None:
+    training = start("launch.max_requeues=1")
     training.job.signal("USR1", batch=True)
+    training.job.wait_until(lambda: len(read_launches(training.run)) == 2, LIMIT_S, "go on")
+    training.job.signal("USR1", batch=True)
+    assert (training.job.wait(60), training.job.exit_code) == ("FAILED", PREEMPTED), training.job.output
+    assert "has been started again 1 times already (launch.max_requeues=1)" in training.job.output
+    training.job.requeue()
     finishes(training)
-    assert training.job.restarts == 1
     launch = training.record()["launch"]
-    assert (launch["restarts"], launch["preemptions"]) == (1, 1)
+    assert (launch["restarts"], launch["preemptions"]) == (2, 2)
+
+
+def test_the_tasks_of_an_array_take_turns(slurm: Slurm, start: Start, finishes: Finishes) -> None:
+    """What a site without requeues has instead."""
+    array = start(options=("--nodelist=n[1-2]", "--no-requeue", "--array=0-2%1"))
+    first, second, third = (slurm.job(f"{array.job.id}_{task}") for task in range(3))
+    first.signal("USR1", batch=True)
+    assert (first.wait(60), first.exit_code) == ("FAILED", PREEMPTED), first.output
+    assert f"task 0 of array {array.job.id} ends here, the next one goes on" in first.output
+    finishes(Training(second, array.run))
+    assert third.wait(30) == "CANCELLED"
 
 
 def test_where_a_requeue_is_forbidden_the_job_ends_with_its_own_status(slurm: Slurm, start: Start) -> None:
@@ -69,32 +101,46 @@ def test_where_a_requeue_is_forbidden_the_job_ends_with_its_own_status(slurm: Sl
     assert not slurm.strangers()
 
 
-def test_cancelled_a_run_goes_on_from_a_checkpoint_that_is_whole(
+def test_killed_while_it_writes_a_run_goes_on_from_a_checkpoint_that_is_whole(
     slurm: Slurm, start: Start, finishes: Finishes
 ) -> None:
-    """scancel: SIGTERM, and SIGKILL after KillWait. Then the newest checkpoint rots."""
-    training = start()
+    """scancel: SIGTERM, and SIGKILL after KillWait, since a checkpoint takes longer. Then the newest one rots."""
+    disk = SlowDisk(slurm, "cancelled")
+    training = start(env=disk.env)
     training.wait_for_checkpoint(10)
+    disk.hold()
+    training.job.wait_until(lambda: half_written(training), 60, "write a checkpoint")
     training.job.cancel()
     assert training.job.wait(60) == "CANCELLED", training.job.output
     assert not slurm.strangers()
-    newest = max((training.run / "checkpoints").glob("step-*"))
+    assert half_written(training)
+    newest = list_checkpoints(training.run / CHECKPOINTS)[0]
     largest = max(newest.iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
+    disk.release()
     training.job.requeue()
     finishes(training)
     assert str(newest) in training.job.output
 
 
-def test_the_second_of_two_jobs_on_one_run_directory_is_refused(slurm: Slurm, start: Start) -> None:
-    training = start("train.max_steps=5000")
-    command = f"srun python -m hpctrain train {training.run}/config.yaml --run-dir {training.run}"
-    second = slurm.sbatch(["--nodes=1", "--wrap", command])
+def test_the_second_of_two_jobs_on_one_run_directory_is_refused(
+    slurm: Slurm, begin: Start, start: Start, finishes: Finishes
+) -> None:
+    """The first one waits for its disk meanwhile."""
+    disk = SlowDisk(slurm, "shared")
+    first = start(env=disk.env)
+    disk.hold()
+    preflight = (first.run / "preflight.json").read_bytes()
+    second = begin(options=("--nodelist=n[3-4]",), env={"HPCTRAIN_RUN_DIR": str(first.run)}).job
     assert (second.wait(LIMIT_S), second.exit_code) == ("FAILED", 2), second.output
-    assert str(training.run) in second.output
-    assert training.job.state == "RUNNING"
+    assert str(first.run) in second.output
+    assert first.job.state == "RUNNING"
+    assert (first.run / "preflight.json").read_bytes() == preflight
+    disk.release()
+    finishes(first)
+    assert (first.job.restarts, len(read_launches(first.run))) == (0, 1)
 
 
 def test_a_full_disk_ends_the_job_and_what_was_saved_before_counts(

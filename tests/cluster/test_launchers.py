@@ -1,0 +1,55 @@
+"""Ranks that mpirun and horovodrun start in an allocation, a task a node: each engine trains as on one machine."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import Slurm
+from tests.cluster.training import LIMIT_S, Training, assert_same_as_alone, digits_config, traffic_of, train_alone
+from tests.needs import needs
+
+NODES, STEPS = 4, 12
+#: what a user types in a batch script of his own, beside what `slurm/train.sbatch` does
+MPIRUN = "mpirun --bind-to none hpctrain"
+EACH = f"-np {NODES} -H n1:1,n2:1,n3:1,n4:1 hpctrain"
+MEETING = "MASTER_ADDR=n1 MASTER_PORT=15555"
+LAUNCHES = {
+    "mpirun-mpi": ("mpi", MPIRUN),
+    "mpirun-horovod": ("horovod", MPIRUN),
+    "mpirun-torch": ("torch", f"{MEETING} {MPIRUN}"),
+    "horovodrun-gloo": ("horovod", f"horovodrun --gloo {EACH}"),
+    "horovodrun-mpi": ("horovod", f"horovodrun --mpi {EACH}"),
+    "horovodrun-torch": ("torch", f"{MEETING} horovodrun --gloo {EACH}"),
+}
+
+pytestmark = pytest.mark.timeout(1.5 * LIMIT_S)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules() -> None:
+    needs("sklearn", "nvidia.dali", "mpi4py", "horovod")
+
+
+@pytest.fixture(scope="module")
+def config(_nodes: Slurm) -> Path:
+    return digits_config(_nodes, STEPS)
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_alone(config, tmp_path_factory.mktemp("alone") / "run", NODES)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_launched_in_an_allocation(slurm: Slurm, config: Path, alone: Path, launch: str) -> None:
+    engine, command = LAUNCHES[launch]
+    run = slurm.shared / "runs" / launch
+    words = ["train", str(config), "--run-dir", str(run), "--set", f"comm.engine={engine}"]
+    script = slurm.shared / f"{launch}.sh"
+    script.write_text(f"#!/bin/bash\n{command} {shlex.join(words)}\n")
+    before = traffic_of(slurm)
+    job = slurm.sbatch([f"--nodes={NODES}", "--ntasks-per-node=1", "--cpus-per-task=2", str(script)])
+    assert_same_as_alone(slurm, Training(job, run), alone, before)
