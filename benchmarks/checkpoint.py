@@ -16,11 +16,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.ranks import conclude, parser
+from benchmarks.timing import seconds_of
 from hpctrain.bench.variants import make_loop
 from hpctrain.comm.turns import Turns
 from hpctrain.config.schema import Config
@@ -53,12 +53,6 @@ def configuration(device: str, neurons: int) -> Config:
     )
 
 
-def timed(action: Callable[[], object]) -> float:
-    started_s = time.perf_counter()
-    action()
-    return time.perf_counter() - started_s
-
-
 def verify(loop: Loop, reference: Path) -> None:
     """Raise AssertionError unless a checkpoint written beside the steps has the bits of a synchronous one."""
     loop.step()
@@ -75,8 +69,8 @@ def verify(loop: Loop, reference: Path) -> None:
 
 def measure_round(loop: Loop) -> dict[str, float]:
     """Seconds of one save and of what it does to the steps beside it."""
-    step_s = statistics.median(timed(loop.step) for _ in range(_UNDISTURBED))
-    exposed_s = timed(loop.save)
+    step_s = statistics.median(seconds_of(loop.step) for _ in range(_UNDISTURBED))
+    exposed_s = seconds_of(loop.save)
     started_s, steps = time.perf_counter(), 0
     while loop.saver.writing:
         loop.step()
@@ -97,7 +91,7 @@ def turn_us() -> float:
     """What a step pays for being stoppable, on one of two ranks that nobody has asked."""
     nobody: Any = None
     turns = Turns(nobody, Topology(world_size=2), never)
-    return timed(lambda: [turns.begin() for _ in range(_TURNS)]) / _TURNS * 1e6
+    return seconds_of(lambda: [turns.begin() for _ in range(_TURNS)]) / _TURNS * 1e6
 
 
 def measure(config: Config, rounds: int) -> dict[str, Any]:

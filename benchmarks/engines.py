@@ -12,13 +12,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.ranks import launcher_of, missing_launcher, parser, run
-from hpctrain.bench.command import write_result
+from benchmarks.ranks import TAIL_CHARACTERS, conclude, launcher_of, missing_launcher, parser, run
 from hpctrain.doctor.machine import examine
 from hpctrain.metrics.provenance import Provenance
 
 ENGINES = ("horovod", "mpi", "torch", "serial")
-_TAIL = 4000
 
 
 @dataclass
@@ -45,7 +43,7 @@ def check(engine: str, ranks: int, device: str, limit_s: float) -> Job:
     job.seconds = round(done.wall_s, 1)
     if not passed:
         job.reason = "over the time limit" if done.timed_out else f"exit status {done.returncode}"
-        job.output = done.output[-_TAIL:]
+        job.output = done.output[-TAIL_CHARACTERS:]
     return job
 
 
@@ -66,16 +64,14 @@ def main() -> int:
             jobs.append(check(engine, asked.ranks, asked.device, min(left_s, 120)))
         print(f"{engine} on {asked.ranks}: {jobs[-1].status} {jobs[-1].reason}", flush=True)
     statuses = {job.status for job in jobs}
-    passed = "passed" in statuses and "failed" not in statuses
     record = {
-        "passed": passed,
+        "passed": "passed" in statuses and "failed" not in statuses,
         "device": asked.device,
         "sentence": f"{asked.ranks} ranks: " + ", ".join(f"{job.engine} {job.status}" for job in jobs),
         "jobs": [asdict(job) for job in jobs],
         "provenance": provenance.to_record(),
     }
-    write_result(asked.json, record)
-    return 0 if passed else 1
+    return conclude(record, asked.json)
 
 
 if __name__ == "__main__":

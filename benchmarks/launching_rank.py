@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from benchmarks.timing import seconds_of
 from hpctrain.config.comm import CommConfig
 from hpctrain.config.schema import LogConfig
 from hpctrain.launch.preempt import Requests
@@ -53,12 +54,6 @@ class Steps:
             while time.perf_counter() < end:
                 torch.mm(self._matrix, self._matrix)
         self.phases_s.append(phases_s + seconds_of(self._clock.end_step))
-
-
-def seconds_of(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
 
 
 def in_a_row_us(action: Callable[[], object]) -> float:

@@ -32,8 +32,8 @@ STATIONS = (
     ("first step", "train", "train_step.end"),
 )
 
-#: whose imports are told apart; each has in it what it imports first
-LIBRARIES = ("numpy", "pydantic", "torch", "nvidia.dali", "mpi4py.MPI", "horovod.torch")
+#: before the name of a library in the marks of its import
+_IMPORT = "import:"
 
 #: by command, then by rank: seconds since the epoch and seconds of CPU of each mark
 Marks = Mapping[str, Sequence[Mapping[str, tuple[float, float]]]]
@@ -63,16 +63,21 @@ def split(allocated_s: float, script_s: float, marks: Marks) -> dict[str, Any]:
         "cpu_s": sum(rank[mark][1] for command, mark in last.items() for rank in marks[command]),
         "rows_s": rows,
         "imports_s": {
-            f"{command}: {library}": statistics.median(_seconds(rank, library) for rank in ranks)
+            f"{command}: {library.removeprefix(_IMPORT)}": statistics.median(_seconds(rank, library) for rank in ranks)
             for command, ranks in marks.items()
-            for library in LIBRARIES
-            if all(f"{library}.end" in rank for rank in ranks)
+            for library in _imported(ranks)
         },
     }
 
 
 def _all_past(marks: Marks, command: str, mark: str) -> float:
     return max(rank[mark][0] for rank in marks[command])
+
+
+def _imported(ranks: Sequence[Mapping[str, tuple[float, float]]]) -> list[str]:
+    """What all of the ranks have imported, as it stands in their marks."""
+    ended = [mark for mark in ranks[0] if mark.startswith(_IMPORT) and mark.endswith(".end")]
+    return [mark.removesuffix(".end") for mark in ended if all(mark in rank for rank in ranks)]
 
 
 def _seconds(rank: Mapping[str, tuple[float, float]], name: str) -> float:

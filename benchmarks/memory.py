@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pictures import make_pictures
-from benchmarks.ranks import hpctrain, parser
-from hpctrain.bench.command import write_result
+from benchmarks.ranks import TAIL_CHARACTERS, conclude, hpctrain, parser
 
 _MIB = 1 << 20
 _EVERY = 5
@@ -79,12 +78,10 @@ def main() -> int:
         argv = ["train", config, "--run-dir", f"{name}/run", *keys]
         done = hpctrain(asked.engine, asked.ranks, asked.device, argv, asked.limit_s)
         if done.returncode != 0:
-            print(done.output[-4000:])
+            print(done.output[-TAIL_CHARACTERS:])
             return 1
         record = describe(Path(name) / "run")
-    print(record["sentence"])
-    write_result(asked.json, record)
-    return 0
+    return conclude(record, asked.json)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Hosts are namespaces of this machine (``tests/cluster``), one rank each. Every round starts each competitor anew, in
 random order. The bound is that of any all-reduce by a ring: 2 (N - 1) / N of the buffer's bytes, in its format on the
 wire, at the payload rate of a cable, which is measured in the same run. ``passed`` tells whether our exchange in fp16
-took at most 1.1 of it over each engine. Exits 1 when a mean is wrong.
+took at most 1.1 of it over each engine. Exits 1 when it did not, or when a mean is wrong.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from hpctrain.bench.command import write_result
+from benchmarks.ranks import TAIL_CHARACTERS, bare_parser, conclude
 from hpctrain.bench.gradients.groups import GROUPS, OURS, group_named
 from hpctrain.bench.gradients.measure import TOLERANCE
 from hpctrain.metrics.provenance import Provenance
@@ -35,7 +34,6 @@ JOB_LIMIT_S = 300.0
 BAR = 1.1
 DEFAULT_GROUPS = ("hpctrain_horovod", "hpctrain_mpi", "hpctrain_torch", "horovod_mpi", "ddp")
 _OURS = {group.name for group in OURS}
-_TAIL = 4000
 
 Setting = dict[str, str]
 
@@ -75,7 +73,7 @@ class Bench:
         job = launch_on(self._cluster, command, JOB_LIMIT_S, env=env)
         ranks = [job.results.get(rank) for rank in range(self._asked.hosts)]
         if job.returncode or None in ranks:
-            raise Failure(f"{group} left with {job.returncode}\n{job.output[-_TAIL:]}")
+            raise Failure(f"{group} left with {job.returncode}\n{job.output[-TAIL_CHARACTERS:]}")
         if reason := ranks[0].get("absent"):
             self.absent[group] = reason
             return
@@ -156,20 +154,20 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether our exchange in fp16, in its fastest reduction, keeps to the bar over each engine; empty without one."""
+    """Whether our exchange in fp16, in its fastest reduction, keeps to the bar over each engine; without one no bar."""
     ours: dict[str, float] = {}
     for row in rows:
         if row["competitor"] in _OURS and row["compression"] == "fp16":
             ours.setdefault(row["competitor"], row["over_bound"])
     if not ours:
-        return {}
+        return {"sentence": "nothing of ours was measured in fp16"}
     told = ", ".join(f"{over_bound:.3f} ({name})" for name, over_bound in ours.items())
     sentence = f"an exchange in fp16 takes {told} times what a ring must take"
     return {"sentence": sentence, "passed": max(ours.values()) <= BAR, "bar": BAR}
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = bare_parser(__doc__)
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--rate", default="1gbit", help="of each cable, as in tc(8)")
     parser.add_argument("--model", default="resnet50")
@@ -181,7 +179,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="exchanges in a sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for all ranks")
-    parser.add_argument("--json", type=Path, help="write the result there")
     return parser.parse_args()
 
 
@@ -227,11 +224,9 @@ def main() -> int:
         "provenance": provenance.to_record(),
     }
     print_rows(rows)
-    print(record.get("sentence", "nothing of ours was measured in fp16"))
     for name, reason in bench.absent.items():
         print(f"{name} was not measured: {reason}")
-    write_result(asked.json, record)
-    return 0
+    return conclude(record, asked.json)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hpctrain.bench.command import write_result
+from benchmarks.ranks import TAIL_CHARACTERS, bare_parser, conclude
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.metrics.spread import Spread
 from tests.cluster.cluster import Cluster, obstacle
@@ -27,7 +27,6 @@ from tests.cluster.jobs import launch_on
 FORMATS = ("none", "fp16")
 JOB_LIMIT_S = 400.0
 CONFIG = Path(__file__).with_name("dense_30m.yaml")
-_TAIL = 4000
 
 #: of a round: engine, then format
 Rounds = dict[str, list[dict[str, dict[str, Any]]]]
@@ -41,7 +40,7 @@ def train(cluster: Cluster, engine: str, compression: str, steps: int) -> dict[s
     argv += [part for one in sets for part in ("--set", one)]
     done = launch_on(cluster, [sys.executable, *argv], JOB_LIMIT_S, env={"OMP_NUM_THREADS": "1"})
     if done.returncode or not (run_dir / "record.json").exists():
-        raise SystemExit(f"{engine} with {compression} left with {done.returncode}:\n{done.output[-_TAIL:]}")
+        raise SystemExit(f"{engine} with {compression} left with {done.returncode}:\n{done.output[-TAIL_CHARACTERS:]}")
     record = json.loads((run_dir / "record.json").read_text())
     kept = {key: record[key] for key in ("plan", "phases_s", "wire", "engine")}
     return {"images_per_s": record["throughput"]["images_per_s"]["median"], **kept}
@@ -73,14 +72,13 @@ def exchange_share(runs: dict[str, dict[str, Any]]) -> float:
 
 
 def main() -> int:
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options = bare_parser(__doc__)
     options.add_argument("--hosts", type=int, default=4)
     options.add_argument("--rate", default="1gbit", help="of each cable, as in tc(8)")
     options.add_argument("--engines", nargs="+", default=["horovod", "mpi", "torch"])
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--steps", type=int, default=40)
     options.add_argument("--seed", type=int, default=1)
-    options.add_argument("--json", type=Path, help="write the result there")
     asked = options.parse_args()
     if reason := obstacle():
         raise SystemExit(f"no hosts can be brought up: {reason}")
@@ -89,19 +87,16 @@ def main() -> int:
         rounds = run(cluster, asked)
     ratios = {engine: Spread.of([ratio(runs) for runs in found]) for engine, found in rounds.items()}
     told = ", ".join(f"{spread.median:.2f} x over {engine}" for engine, spread in ratios.items())
-    sentence = f"{asked.hosts} hosts at {asked.rate}: images/s in fp16 are those in fp32 {told}"
     record = {
         **{key: getattr(asked, key) for key in ("hosts", "rate", "steps")},
         "config": CONFIG.name,
         "ratios": {engine: asdict(spread) for engine, spread in ratios.items()},
         "exchange_share": {engine: statistics.median(map(exchange_share, found)) for engine, found in rounds.items()},
         "rounds": rounds,
-        "sentence": sentence,
+        "sentence": f"{asked.hosts} hosts at {asked.rate}: images/s in fp16 are those in fp32 {told}",
         "provenance": provenance.to_record(),
     }
-    write_result(asked.json, record)
-    print(sentence)
-    return 0
+    return conclude(record, asked.json)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from hpctrain.bench.command import write_result
 from tests.parallel.launch import LAUNCHER_OF_ENGINE, Run, launch
 
 ROOT = Path(__file__).resolve().parents[1]
+#: what is shown of the output of ranks that failed, from its end
+TAIL_CHARACTERS = 4000
 #: calls `hpctrain` with torch asked for algorithms that give the same bits every time
 DETERMINISTIC = (
     "import torch; torch.use_deterministic_algorithms(True, warn_only=True); from hpctrain.cli import main; main()"
@@ -48,10 +50,16 @@ def hpctrain(engine: str, ranks: int, device: str, argv: Sequence[str], limit_s:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that the scripts have in common."""
-    options = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    """The options of the scripts that start ranks of one machine."""
+    options = bare_parser(description)
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--limit-s", type=float, default=600.0, help="time for all of it")
+    return options
+
+
+def bare_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of all scripts."""
+    options = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     options.add_argument("--json", type=Path, help="write the result there")
     # Asked to stop, leave by an exception, which ends the ranks too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -59,10 +67,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def conclude(record: Mapping[str, Any], json_file: Path | None) -> int:
-    """Print the record's ``sentence`` and write it; the exit status that ``passed`` comes to."""
+    """Print the record's ``sentence`` and write it; the exit status: 1 where it has a bar and has not ``passed``."""
     print(record["sentence"])
     write_result(json_file, record)
-    return 0 if record["passed"] else 1
+    return 0 if record.get("passed", True) else 1
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.pictures import make_pictures
-from benchmarks.ranks import conclude, hpctrain, parser
+from benchmarks.ranks import TAIL_CHARACTERS, conclude, hpctrain, parser
 from hpctrain.metrics.layout import list_checkpoints
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.train.checkpoint import load_checkpoint
@@ -45,7 +45,7 @@ class Runs:
         argv += ["--set", f"train.max_steps={steps}"]
         done = hpctrain("serial", 1, self._device, argv, self._deadline - time.monotonic(), exact=True)
         if done.returncode != 0 or ("going on from step" in done.output) != resumed:
-            raise RuntimeError(done.output[-4000:])
+            raise RuntimeError(done.output[-TAIL_CHARACTERS:])
 
     def weights(self, name: str) -> torch.Tensor:
         """All numbers of the model at the end of the run, as one vector [n] float64."""

@@ -16,11 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ranks import hpctrain, parser
-from hpctrain.bench.command import write_result
+from benchmarks.ranks import TAIL_CHARACTERS, conclude, hpctrain, parser
 from hpctrain.metrics.provenance import Provenance
-
-_TAIL = 4000
 
 
 def train(asked: Any, compression: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -29,7 +26,7 @@ def train(asked: Any, compression: str, seed: int, folder: Path) -> dict[str, An
     argv = ["train", asked.config, "--run-dir", str(folder), *(part for one in sets for part in ("--set", one))]
     done = hpctrain(asked.engine, asked.ranks, asked.device, argv, asked.limit_s)
     if done.returncode or not (folder / "record.json").exists():
-        raise SystemExit(f"{compression} with seed {seed} failed:\n{done.output[-_TAIL:]}")
+        raise SystemExit(f"{compression} with seed {seed} failed:\n{done.output[-TAIL_CHARACTERS:]}")
     record = json.loads((folder / "record.json").read_text())
     row = {
         "compression": compression,
@@ -68,9 +65,8 @@ def main() -> int:
             for seed in range(1, asked.seeds + 1)
             for compression in asked.formats
         ]
-    verdict = judge(rows, asked.formats)
     record = {
-        **verdict,
+        **judge(rows, asked.formats),
         "config": asked.config,
         # A data set lies elsewhere on every machine.
         "overrides": [one for one in asked.set if not one.startswith("data.path=")],
@@ -78,9 +74,7 @@ def main() -> int:
         "runs": rows,
         "provenance": provenance.to_record(),
     }
-    write_result(asked.json, record)
-    print(verdict["sentence"])
-    return 0 if verdict["passed"] else 1
+    return conclude(record, asked.json)
 
 
 if __name__ == "__main__":

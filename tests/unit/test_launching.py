@@ -30,7 +30,9 @@ def rank_file(folder: Path, command: str, rank: int, first_s: float) -> None:
     """A rank that comes to each of its stations a second after the one before."""
     stations = [mark for _, of, mark in STATIONS if of == command]
     lines = [f"{mark} {first_s + number:.6f} {number / 2:.6f}\n" for number, mark in enumerate(stations)]
-    lines += [f"torch.begin {first_s + 0.25} 0.1\n", f"torch.end {first_s + 0.75} 0.3\n"]
+    lines += [f"import:torch.begin {first_s + 0.25} 0.1\n", f"import:torch.end {first_s + 0.75} 0.3\n"]
+    if rank == 0:
+        lines += [f"import:numpy.begin {first_s} 0.1\n", f"import:numpy.end {first_s} 0.3\n"]
     (folder / f"{command}-{rank}").write_text("".join(lines))
 
 

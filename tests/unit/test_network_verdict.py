@@ -23,4 +23,6 @@ def test_each_engine_of_ours_has_to_keep_to_the_bar() -> None:
 
 
 def test_without_ours_in_fp16_nothing_is_judged() -> None:
-    assert verdict([row("ddp", 1.0), row("hpctrain_torch", 1.01, "none")]) == {}
+    assert verdict([row("ddp", 1.0), row("hpctrain_torch", 1.01, "none")]) == {
+        "sentence": "nothing of ours was measured in fp16"
+    }
