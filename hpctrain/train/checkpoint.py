@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hpctrain.errors import MachineError, UserError
+from hpctrain.launch.continuing import in_run_dir
 from hpctrain.metrics.layout import CHECKPOINT_PREFIX, MANIFEST_FILE, checkpoint_name, list_checkpoints
 
 SCHEMA = 1
@@ -63,7 +64,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise MachineError(
-            f"cannot write checkpoint {final}: {_reason(error)}; make room and go on with --resume auto"
+            f"cannot write checkpoint {final}: {_reason(error)}; make room and continue with "
+            f"{in_run_dir(folder.parent)}"
         ) from error
     return final
 

@@ -12,6 +12,7 @@ from hpctrain.comm.agree import on_rank_zero
 from hpctrain.comm.serial import SerialCommunicator
 from hpctrain.config.load import load_config
 from hpctrain.config.schema import Config, ParallelConfig
+from hpctrain.launch.continuing import TrainCommand
 from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.preempt import Requests
 from hpctrain.metrics.jsonfiles import write_json
@@ -28,19 +29,19 @@ KILL_WAIT_S = 30.0
 
 
 def train_command(
-    config: Config, name: str, *, resume: str, run_dir: Path | None, requests: Requests | None = None
+    config: Config, command: TrainCommand, *, resume: str, run_dir: Path | None, requests: Requests | None = None
 ) -> None:
-    """Train on all ranks of this job, from the configuration called ``name`` to ``record.json``.
+    """Train on all ranks of this job, from the configuration that ``command`` names to ``record.json``.
 
     Where ``requests`` ask for an end before that, every rank leaves by SystemExit with the status ``PREEMPTED``, its
     checkpoint written.
     """
     requests = requests or Requests()
     with open_session(config.comm, config.train.device, requests.asked) as session:
-        path = on_rank_zero(session.comm, lambda: str(run_dir or default_run_dir(name)))
+        path = on_rank_zero(session.comm, lambda: str(run_dir or default_run_dir(command.title)))
         run = open_run(session, Path(path), config.comm.timeout_s + KILL_WAIT_S)
         try:
-            finished = train(config, session, run, resume, name, requests)
+            finished = train(config, session, run, resume, command, requests)
         finally:
             run.close()
     if not finished:

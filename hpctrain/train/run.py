@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from hpctrain.comm.agree import on_rank_zero
@@ -13,6 +14,7 @@ from hpctrain.comm.turns import Stopped
 from hpctrain.config.load import dump_config
 from hpctrain.config.schema import Config
 from hpctrain.errors import UserError
+from hpctrain.launch.continuing import TrainCommand
 from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.preempt import Requests
 from hpctrain.launch.timelimit import TimeLimit, job_end_s
@@ -33,8 +35,12 @@ from hpctrain.train.session import Session
 from hpctrain.train.state import Progress
 from hpctrain.train.summary import finish
 
+_MOST_NAMED = 8
 
-def train(config: Config, session: Session, run: RunDirectory, resume: str, title: str, requests: Requests) -> bool:
+
+def train(
+    config: Config, session: Session, run: RunDirectory, resume: str, command: TrainCommand, requests: Requests
+) -> bool:
     """Train until the run is finished (True), or until ``requests`` end this launch before that (False). Collective.
 
     Either way the last checkpoint is written when this returns. After an error one may still be under way: then the
@@ -52,19 +58,20 @@ def train(config: Config, session: Session, run: RunDirectory, resume: str, titl
     on_rank_zero(comm, lambda: write_atomic(run.config, dump_config(config).encode()))
     feeds = build_feeds(parts, dataset, session, progress)
     display = make_display(comm.rank == 0, epochs=plan.epochs, total_steps=plan.total_steps, first_step=progress.step)
-    journal = Journal(parts, feeds, display, open_sinks(config, run, progress) if comm.rank == 0 else [])
+    sinks = open_sinks(config, run, progress) if comm.rank == 0 else []
+    journal = Journal(parts, feeds, display, sinks, run.path)
     saver = Saver(parts, run.checkpoints, progress.step)
     try:
-        display.start(f"{title} in {run.path}", plan.describe())
+        display.start(f"{command.title} in {run.path}", plan.describe())
         remarks = [*passed_over, *([] if checkpoint is None else [f"going on from step {progress.step}"])]
         _announce(display, session, feeds, remarks)
         batches = feeds.train_batches(progress)
         loop = Loop(parts, progress, batches, feeds.evaluate, journal, run, saver, session.turns)
         ended = loop.reason_to_stop()
         if ended is not None and on_rank_zero(comm, run.record.exists):
-            display.message(f"this run has ended ({ended}), see {run.record}; to go on, change what ended it")
+            display.message(_has_ended(ended, run.record))
             return True
-        return _Launch(loop, feeds, display, requests).go({"engine_choice": session.engine_reason}, provenance, title)
+        return _Launch(loop, feeds, display, requests, command).go({"engine_choice": session.engine_reason}, provenance)
     finally:
         if not saver.close():
             run.keep_locked()
@@ -76,8 +83,9 @@ def train(config: Config, session: Session, run: RunDirectory, resume: str, titl
 class _Launch:
     """One taking-up of a run: its entry in the list of launches, its logs of samples, and how it is left."""
 
-    def __init__(self, loop: Loop, feeds: Feeds, display: Display, requests: Requests) -> None:
-        self._loop, self._feeds, self._display, self._requests = loop, feeds, display, requests
+    def __init__(self, loop: Loop, feeds: Feeds, display: Display, requests: Requests, command: TrainCommand) -> None:
+        self._loop, self._feeds, self._display = loop, feeds, display
+        self._requests, self._command = requests, command
         self._launches = Launches(loop.run.path)
         comm, progress, plan = loop.parts.comm, loop.progress, loop.parts.plan
         on_rank_zero(comm, loop.run.forget_record)
@@ -89,7 +97,7 @@ class _Launch:
         if comm.rank == 0:
             self._respect_time_limit()
 
-    def go(self, notes: dict[str, Any], provenance: Provenance, title: str) -> bool:
+    def go(self, notes: dict[str, Any], provenance: Provenance) -> bool:
         """Train; whether the run is finished. Collective."""
         loop = self._loop
         try:
@@ -99,14 +107,13 @@ class _Launch:
             self._end(stopped.reason, preempted=True)
             step = loop.progress.step
             where = f"after step {step}, its checkpoint is written" if step else "before the first step"
-            self._display.message(
-                f"stopped by {stopped.reason}, {where}; the same command goes on from there (exit status {PREEMPTED})"
-            )
+            self._display.message(f"stopped by {stopped.reason}, {where} (exit status {PREEMPTED})")
+            self._display.message(self._command.to_continue(loop.run.path))
             return False
         self._end(reason, preempted=False)
         launches = on_rank_zero(loop.parts.comm, self._to_record)
         record = {"ended": reason, "launch": launches, **notes}
-        self._display.finish(finish(loop, self._feeds, provenance, record, title))
+        self._display.finish(finish(loop, self._feeds, provenance, record, self._command.title))
         return True
 
     def _end(self, reason: str, *, preempted: bool) -> None:
@@ -150,8 +157,9 @@ def check_same_config(comm: Communicator, config: Config) -> None:
     texts = comm.all_gather_object(dump_config(config))
     astray = [str(rank) for rank, text in enumerate(texts) if text != texts[0]]
     if astray:
+        more = f" and {len(astray) - _MOST_NAMED} more" if len(astray) > _MOST_NAMED else ""
         raise UserError(
-            f"the configuration of rank {', '.join(astray[:8])} is not that of rank 0: "
+            f"the configuration of rank {', '.join(astray[:_MOST_NAMED])}{more} is not that of rank 0: "
             "start all ranks with the same file and the same --set"
         )
 
@@ -164,6 +172,13 @@ def open_sinks(config: Config, run: RunDirectory, progress: Progress) -> list[Si
 
         sinks.append(TensorBoardLog(run.tensorboard, progress.step))
     return sinks
+
+
+def _has_ended(reason: str, record: Path) -> str:
+    return (
+        f"this run has ended ({reason}), see {record}; to train further, raise the limit that ended it "
+        "(for example train.epochs)"
+    )
 
 
 def _announce(display: Display, session: Session, feeds: Feeds, remarks: list[str]) -> None:

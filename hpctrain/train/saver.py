@@ -35,7 +35,7 @@ class Saver:
     def __init__(self, parts: Parts, folder: Path, saved_step: int) -> None:
         self.saved_step = saved_step
         self.samples: SampleLog | None = None
-        self._parts = parts
+        self._parts, self._folder = parts, folder
         self._writer = CheckpointWriter(folder, parts.config.checkpoint.keep)
         self._exposed_s: list[float] = []
         self._saved_at_s: list[float] = [time.monotonic()]
@@ -68,8 +68,8 @@ class Saver:
         average_buffers(parts.comm, parts.model)
         checkpoint = capture(parts, progress)
         if not all_finite(checkpoint.tensors):
-            lr = parts.plan.schedule.lr_at(progress.step - 1)
-            raise not_finite("model or the optimizer's state", self.saved_step + 1, progress.step, lr)
+            first_step, lr = self.saved_step + 1, parts.plan.schedule.lr_at(progress.step - 1)
+            raise not_finite("model or the optimizer's state", first_step, progress.step, lr, self._folder.parent)
         self.wait()
         if parts.comm.rank == 0:
             self._writer.start(checkpoint)

@@ -84,8 +84,8 @@ def test_a_full_disk_during_a_save_loses_nothing(config: Path, tmp_path: Path) -
     done = launch("plain", 1, ["bash", "-c", 'ulimit -f 30; exec "$@"', "bash", *argv], LIMIT_S)
     assert done.returncode == 1, done.output
     assert done.output.splitlines()[-1] == (
-        f"hpctrain: cannot write checkpoint {run}/checkpoints/step-000020: File too large; make room and go on with "
-        "--resume auto"
+        f"hpctrain: cannot write checkpoint {run}/checkpoints/step-000020: File too large; make room and continue with "
+        f"--run-dir {run}"
     )
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000010"]
     assert command(*train_argv(ALONE, config, run, *sets)).code == 0

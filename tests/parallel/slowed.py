@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hpctrain.data.types import Batch, Loader, Request
+from hpctrain.launch.continuing import TrainCommand
 from hpctrain.topology.ranks import detect
 from hpctrain.train import build
 from hpctrain.train.main import train_command
@@ -89,7 +90,7 @@ def main() -> None:
         log={"every_steps": EVERY},
     )
     with without_picture():
-        train_command(config, "slowed", resume="never", run_dir=args.run_dir)
+        train_command(config, TrainCommand(Path("slowed")), resume="never", run_dir=args.run_dir)
 
 
 if __name__ == "__main__":

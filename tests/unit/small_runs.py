@@ -24,6 +24,7 @@ from hpctrain.comm.turns import Turns
 from hpctrain.config.plan import Plan, make_plan
 from hpctrain.config.schema import Config
 from hpctrain.data.types import Batch, Loader, Request
+from hpctrain.launch.continuing import TrainCommand
 from hpctrain.launch.preempt import Requests
 from hpctrain.topology.ranks import Topology
 from hpctrain.train import build, summary
@@ -119,7 +120,7 @@ def without_picture() -> AbstractContextManager[object]:
 def run_here(config: Config, folder: Path, resume: str = "auto") -> dict[str, Any]:
     """Train on one rank as the command does, but for the picture; returns the record."""
     with without_picture():
-        train_command(config, "test", resume=resume, run_dir=folder)
+        train_command(config, TrainCommand(Path("test")), resume=resume, run_dir=folder)
     return record_of(folder)
 
 
@@ -130,7 +131,7 @@ def run_on(world_size: int, config: Config, folder: Path, resume: str = "auto") 
         run = RunDirectory(folder)
         assert on_rank_zero(comm, run.open)
         try:
-            train(config, session_of(comm), run, resume, "test", Requests())
+            train(config, session_of(comm), run, resume, TrainCommand(Path("test")), Requests())
         finally:
             run.close()
 

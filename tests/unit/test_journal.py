@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,7 +43,7 @@ class Kept:
 
 def journal_of(parts: Parts, *sinks: Kept, corrupt: tuple[str, ...] = ()) -> Journal:
     feeds: Any = SimpleNamespace(corrupt=list(corrupt))
-    return Journal(parts, feeds, SilentDisplay(), sinks)
+    return Journal(parts, feeds, SilentDisplay(), sinks, Path("runs/small"))
 
 
 def step(parts: Parts, progress: Progress) -> None:
@@ -93,13 +94,13 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_after_it_is_logged() -> 
 
     sentence = (
         "the loss became NaN or infinite between steps 1 and 2 (learning rate 0.05); lower schedule.lr or "
-        "lengthen schedule.warmup_epochs, and go on from the last checkpoint with --resume auto"
+        "lengthen schedule.warmup_epochs, and continue from the last checkpoint with --run-dir runs/small"
     )
     assert run_group(2, rank) == [(sentence, 1)] * 2
 
 
 def test_one_step_is_named_by_itself() -> None:
-    assert "became NaN or infinite in step 7 (learning rate 0.1); " in str(not_finite("loss", 7, 7, 0.1))
+    assert "became NaN or infinite in step 7 (learning rate 0.1); " in str(not_finite("loss", 7, 7, 0.1, Path("run")))
 
 
 def test_an_evaluation_is_told_with_its_seconds() -> None:

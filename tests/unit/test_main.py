@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +71,26 @@ def test_ranks_with_different_configurations_do_not_start() -> None:
     )
     assert run_group(4, rank) == [sentence] * 4
     run_group(4, lambda comm: check_same_config(comm, recipe()))
+
+
+def test_of_many_ranks_with_another_configuration_the_first_are_named() -> None:
+    """A file that one node lacks the newest version of may be that of a thousand ranks."""
+    texts = ["a: 1\n", *["a: 2\n"] * 10]
+    comm: Any = SimpleNamespace(all_gather_object=lambda text: texts)
+    with pytest.raises(UserError, match=r"of rank 1, 2, 3, 4, 5, 6, 7, 8 and 2 more is not that of rank 0: start all"):
+        check_same_config(comm, recipe())
+
+
+def test_a_run_that_has_ended_is_told_how_to_train_further(tmp_path: Path) -> None:
+    config = write_recipe(tmp_path / "small.yaml", train={"max_steps": 2})
+    assert command("train", config, "--run-dir", tmp_path / "run").code == 0
+    done = command("train", config, "--run-dir", tmp_path / "run")
+    assert done.code == 0
+    (told,) = (line for line in done.out.splitlines() if "has ended" in line)
+    assert told == (
+        f"this run has ended (finished), see {tmp_path}/run/record.json; to train further, raise the limit that ended "
+        "it (for example train.epochs)"
+    )
 
 
 def test_eval_prints_and_writes_its_figures(tmp_path: Path, pictures: dict[str, Any]) -> None:

@@ -106,7 +106,8 @@ def test_a_run_that_is_asked_to_end_goes_on_later_bit_for_bit(tmp_path: Path, mo
         at_step(patched, 12, lambda: [os.kill(os.getpid(), number) for number in NUMBERS.values()])
         done = command("train", config, "--run-dir", tmp_path / "run")
     assert done.code == PREEMPTED == 75
-    assert "stopped by SIGUSR1, after step 13, its checkpoint is written; the same command goes on from" in done.out
+    assert "stopped by SIGUSR1, after step 13, its checkpoint is written (exit status 75)\n" in done.out
+    assert f"to continue: hpctrain train {config} --run-dir {tmp_path}/run\n" in done.out
     assert saved_steps(tmp_path / "run") == [10, 13]
     assert not (tmp_path / "run/record.json").exists()
     done = command("train", config, "--run-dir", tmp_path / "run")
@@ -149,7 +150,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_behind(tmp_path: Path, mo
     monkeypatch.setattr(run, "open_data", open_data)
     done = command("train", write_recipe(tmp_path / "small.yaml"), "--run-dir", tmp_path / "run")
     assert done.code == 75
-    assert "stopped by SIGTERM, before the first step; the same command goes on" in done.out
+    assert "stopped by SIGTERM, before the first step (exit status 75)\nto continue: hpctrain train " in done.out
     assert saved_steps(tmp_path / "run") == []
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from hpctrain.errors import UserError
+from hpctrain.launch.continuing import TrainCommand
 from hpctrain.metrics.record import parameters_sha256, read_record
 from hpctrain.train import loop
 from hpctrain.train.build import Feeds
@@ -21,7 +22,7 @@ from tests.unit.small_runs import lines_of, recipe, run_here, run_on
 
 
 def test_a_run_leaves_what_a_report_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train_command(recipe(train={"max_steps": 30}), "small", resume="auto", run_dir=tmp_path)
+    train_command(recipe(train={"max_steps": 30}), TrainCommand(Path("small")), resume="auto", run_dir=tmp_path)
     record = read_record(tmp_path / "record.json")
     assert (record.plan.world_size, record.plan.batch_global, record.plan.steps_per_epoch) == (1, 8, 12)
     assert record.throughput.images_per_s.median
