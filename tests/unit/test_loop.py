@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hpctrain.comm.turns import Stopped
+from hpctrain.comm.watch import Watch
 from hpctrain.errors import MachineError, UserError
 from hpctrain.metrics.layout import list_checkpoints
+from hpctrain.topology.phases import PHASES
 from hpctrain.train import loop as module
 from hpctrain.train import saver
 from hpctrain.train.build import Feeds
@@ -55,6 +59,48 @@ def test_when_it_evaluates_and_saves(
     assert record["steps"] == saved[-1]
     assert (evaluated_steps(tmp_path) if evaluated else []) == evaluated
     assert record["accuracy"]["seen"] == (4 if evaluated else 0)
+
+
+@pytest.fixture
+def stood(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Where the watch saw this rank stand, one after the other, as ``lateness`` compares it."""
+    found: list[tuple[int, int, int]] = []
+
+    def noting(original: Callable[..., None]) -> Callable[..., None]:
+        def note(self: Watch, *place: Any) -> None:
+            original(self, *place)
+            step, phase, ticks = self._mark
+            found.append((step, PHASES.index(phase), ticks))
+
+        return note
+
+    for name in ("beat", "tick"):
+        monkeypatch.setattr(Watch, name, noting(getattr(Watch, name)))
+    return found
+
+
+def test_a_rank_that_has_done_more_stands_later(tmp_path: Path, stood: list[tuple[int, int, int]]) -> None:
+    """A hang is blamed on those that stand earliest: through steps, evaluations and checkpoints."""
+    run_here(recipe(train={"epochs": 2}, checkpoint={"every_steps": 6}), tmp_path)
+    assert stood == sorted(set(stood))
+    assert {PHASES[phase] for step, phase, _ in stood if step == 11} >= {"optimizer", "eval", "checkpoint"}
+
+
+def test_a_launch_that_owes_an_evaluation_stands_behind_the_step_before(
+    tmp_path: Path, stood: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Feeds) -> Evaluation:
+        raise Stopped("SIGTERM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Feeds, "evaluate", stop)
+        with pytest.raises(SystemExit):
+            run_here(recipe(train={"epochs": 2}), tmp_path)
+    stood.clear()
+    run_here(recipe(train={"epochs": 2}), tmp_path)
+    assert stood == sorted(set(stood))
+    begun = [(step, PHASES[phase]) for step, phase, _ in stood if PHASES[phase] != "start"]
+    assert begun[0] == (11, "eval") and (12, "data") in begun
 
 
 def test_samples_seen_leave_out_padding(tmp_path: Path) -> None:

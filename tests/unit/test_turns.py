@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -154,6 +155,18 @@ def test_one_rank_asks_itself_at_each_turn() -> None:
     with pytest.raises(Stopped, match="^SIGUSR2$"):
         rank.turns.begin()
     rank.turns.close()
+
+
+def test_the_start_of_a_program_is_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit leaves room for two turns: one that holds the start would end the job at once."""
+    now_s = iter([1000.0, 1002.0, 1005.0])
+    turns = Turns(Shared(1), Topology(), lambda: None)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now_s)))
+    told = []
+    for _ in range(3):
+        turns.begin()
+        told.append(turns.turn_s)
+    assert told == [0.0, 2.0, 3.0]
 
 
 def test_a_channel_that_is_gone_ends_the_thread_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
