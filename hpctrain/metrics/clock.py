@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from hpctrain.metrics.spread import Spread
 from hpctrain.topology.phases import OUTSIDE, STEP_PHASES, Phase
 
 #: phases of a step as the loop enters them, and the keys their seconds are recorded under
@@ -121,12 +122,11 @@ class RunTimes:
 
     def throughput(self, batch_global: int) -> dict[str, Any]:
         """Images per second over steps after warm-up: median, 5th and 95th percentile, and total over time."""
-        if not len(self.step_s):
+        step_s = self.step_s.astype(np.float64)
+        if not len(step_s):
             figures = dict.fromkeys(("median", "p5", "p95", "mean"), math.nan)
         else:
-            p5, median, p95 = np.percentile(batch_global / self.step_s.astype(np.float64), [5, 50, 95]).tolist()
-            mean = batch_global / float(self.step_s.mean(dtype=np.float64))
-            figures = {"median": median, "p5": p5, "p95": p95, "mean": mean}
+            figures = {**asdict(Spread.of(batch_global / step_s)), "mean": batch_global / float(step_s.mean())}
         return {"images_per_s": figures, "steps_measured": len(self.step_s), "warmup_rule": WARMUP_RULE}
 
 

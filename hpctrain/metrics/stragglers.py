@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hpctrain.metrics.spread import robust_deviation
 from hpctrain.topology.phases import OWN_PHASES
 
 #: Steps that a judgement is made of, at least: the median of fewer is moved by a single hiccup.
@@ -26,8 +27,6 @@ _END_FACTOR = 1.1
 _MIN_EXCESS_S = 0.002
 #: The peers' own spread, in standard deviations, that a slow rank must stand out from.
 _SPREADS = 5.0
-#: Standard deviations a median absolute deviation of normal figures is.
-_DEVIATIONS_PER_MAD = 1.4826
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +79,8 @@ def find_stragglers(seconds: np.ndarray, known: Collection[int] = ()) -> list[Fi
 def _judge(seconds: np.ndarray, work: np.ndarray, rank: int, known: bool) -> Finding | None:
     peers = np.delete(work, rank)
     usual = float(np.median(peers))
-    deviation = _DEVIATIONS_PER_MAD * float(np.median(np.abs(peers - usual)))
     factor, spreads = (_END_FACTOR, 0.0) if known else (_MIN_FACTOR, _SPREADS)
-    if work[rank] - usual <= max((factor - 1) * usual, spreads * deviation, _MIN_EXCESS_S):
+    if work[rank] - usual <= max((factor - 1) * usual, spreads * robust_deviation(peers), _MIN_EXCESS_S):
         return None
     excess = seconds[rank] - np.median(np.delete(seconds, rank, axis=0), axis=0)
     return Finding(rank, OWN_PHASES[int(excess.argmax())], float(work[rank]), usual)
