@@ -44,7 +44,6 @@ while (($# > 0)); do
         --out) out=$2 && shift 2 ;;
         --site | --engine | --time) common+=("$1" "$2") && shift 2 ;;
         --strong | --weak) modes+=("$1") && shift ;;
-        --both) modes=() && shift ;;
         --dry-run) dry_run=yes && shift ;;
         --)
             shift
@@ -84,16 +83,19 @@ workers=() options_of_site=()
 for size in "${sizes[@]}"; do
     set_size "$size"
     line=$(hpctrain submit "$config" "${size_options[@]}" "${common[@]}" "${sets[@]}" --dry-run)
-    line=${line%%$'\n'*}
+    line=${line%%/slurm/train.sbatch*} # sbatch and its options
     [[ $line =~ --nodes=([0-9]+)\ --ntasks-per-node=([0-9]+) ]] || fail "hpctrain submit tells no size in: $line"
     count=$((BASH_REMATCH[1] * BASH_REMATCH[2]))
     [[ -z ${size_of[$count]:-} ]] || fail "$size and ${size_of[$count]} are both $count workers: leave one out"
     size_of[$count]=$size
     workers+=("$count")
-    mapfile -t options_of_site < <(grep -oE -- "--(partition|account|qos)=[^[:space:]']+" <<<"$line" | sort -u -t= -k1,1)
+    mapfile -t options_of_site < <(grep -oE -- "--(partition|account|qos)=[^[:space:]']+" <<<"$line")
 done
-[[ $dry_run == no ]] || printf 'HPCTRAIN_RUNS=%q for all that follows\n' "$out"
 plan=$(hpctrain scaling plan "$config" "${modes[@]}" "${sets[@]}" -- "${workers[@]}")
+smallest=$(printf '%s\n' "${workers[@]}" | sort -n | head -n 1)
+((smallest == 1)) || echo "the smallest size has $smallest workers, and efficiency will be against it: add the size 1x1 to have \
+it against one (strong scaling then keeps the global batch of that one)"
+[[ $dry_run == no ]] || printf 'HPCTRAIN_RUNS=%q for all that follows\n' "$out"
 
 submitted=() runs=()
 cancel() {
@@ -107,20 +109,19 @@ for ((repeat = 1; repeat <= repeats; repeat++)); do
             --set "train.batch_per_worker=$batch")
         if [[ $dry_run == yes ]]; then
             told=$("${submit[@]}" --dry-run)
-            told=${told%%$'\n'*}
-            echo "repeat $repeat: ${told#'# '}"
+            echo "repeat $repeat: ${told%%$'\n\n# '*}"
             continue
         fi
         told=$("${submit[@]}") || cancel
-        submitted+=("$(sed -n 's/^job  *//p' <<<"$told")")
-        runs+=("$(sed -n 's/^run directory  *//p' <<<"$told")")
+        [[ $told =~ ^job\ +([0-9]+).run\ directory\ +([^$'\n']+) ]] || cancel # the first two lines
+        submitted+=("${BASH_REMATCH[1]}") runs+=("${BASH_REMATCH[2]}")
         echo "job ${submitted[-1]}: $count workers, $batch samples each, repeat $repeat: ${runs[-1]}"
     done <<<"$plan"
 done
 
 # A script of its own, to be run again by hand when a run was repeated.
 ((${#runs[@]} > 0)) || runs=("RUN...")
-report=(hpctrain scaling report "${runs[@]}" --out "$out/report" --json "$out/report/scaling.json")
+report=(hpctrain scaling report --skip-unfinished "${runs[@]}" --out "$out/report" --json "$out/report/scaling.json")
 report_text="#!/usr/bin/env bash
 exec$(printf ' %q' "$(command -v hpctrain)" "${report[@]:1}")"
 dependency=$(IFS=: && echo "afterany:${submitted[*]:-JOB:...}")

@@ -100,10 +100,12 @@ def test_a_job_for_each_size_and_repeat_then_a_report(slurm: Slurm) -> None:
 def test_the_report_is_made_of_the_runs_of_these_jobs(slurm: Slurm) -> None:
     out = slurm.folder / "it's runs"
     assert (
-        slurm.scaling("small.yaml", 1, 2, "--weak", "--tasks-per-node", 1, "--repeats", 1, "--out", out).returncode == 0
+        slurm.scaling("small.yaml", 1, 2, 4, "--weak", "--tasks-per-node", 1, "--repeats", 1, "--out", out).returncode
+        == 0
     )
     write_run(out / "small-101", 1, 100.0)
     write_run(out / "small-102", 2, 180.0, nodes=2)
+    # Job 103 has failed.
     write_run(out / "of another day", 4, 1.0)
     environ = slurm.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -112,13 +114,30 @@ def test_the_report_is_made_of_the_runs_of_these_jobs(slurm: Slurm) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     rows = json.loads((out / "report/scaling.json").read_text())["series"][0]["points"]
     assert [row["against"]["workers"]["efficiency"] for row in rows] == pytest.approx([1.0, 0.9])
-    assert "90.0%" in (out / "report/scaling.txt").read_text()
+    text = (out / "report/scaling.txt").read_text()
+    assert "90.0%" in text and "small-103 is left out: it has no record.json" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(("mode", "batches"), [("--strong", ["32", "16"]), ("--weak", ["32", "32"])])
 def test_one_kind_of_scaling_alone(slurm: Slurm, mode: str, batches: list[str]) -> None:
     assert slurm.scaling("small.yaml", 1, 2, "--tasks-per-node", 1, mode, "--repeats", 1).returncode == 0
     assert [value_of(job, "train.batch_per_worker") for job in slurm.calls[:-1]] == batches
+
+
+def test_without_a_size_of_one_worker_it_says_how_to_ask_for_it(slurm: Slurm) -> None:
+    told = "the smallest size has 2 workers, and efficiency will be against it: add the size 1x1 to have it against one"
+    options = ("--tasks-per-node", 2, "--repeats", 1, "--dry-run")
+    assert slurm.scaling("small.yaml", 1, 2, *options).stdout.startswith(told)
+    assert "the smallest size" not in slurm.scaling("small.yaml", "1x1", 1, *options).stdout
+
+
+def test_a_configuration_cannot_be_taken_for_options(slurm: Slurm) -> None:
+    odd = "data.path=/a\nb --nodes=7 --ntasks-per-node=7 --account=them"
+    done = slurm.scaling("small.yaml", 1, 2, "--tasks-per-node", 1, "--weak", "--repeats", 1, "--", odd)
+    assert done.returncode == 0, done.stderr
+    *jobs, report = slurm.calls
+    assert [value_of(job, "--nodes") for job in jobs] == ["1", "2"] and all(odd in job for job in jobs)
+    assert value_of(report, "--account") == "us"
 
 
 def test_dry_run_prints_everything_and_submits_nothing(slurm: Slurm) -> None:
@@ -144,6 +163,7 @@ def test_no_job_is_left_when_one_is_refused(slurm: Slurm) -> None:
         (["small.yaml"], "no sizes given"),
         (["small.yaml", "1"], "a scaling series needs at least two sizes, not only 2 workers"),
         (["small.yaml", "1", "two"], "two is neither a size"),
+        (["small.yaml", "1", "2", "--both"], "--both is neither a size"),
         (["small.yaml", "1", "2", "--repeats", "0"], "--repeats is 0: give a number from 1 up"),
         (["small.yaml", "1", "2", "--repeats"], "--repeats wants a value behind it"),
         (["small.yaml", "1x4", "2"], "2 and 1x4 are both 4 workers: leave one out"),
