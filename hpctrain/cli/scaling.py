@@ -15,6 +15,9 @@ scaling_app = typer.Typer(name="scaling", help="How the rate grew with the numbe
 @scaling_app.command("report")
 def scaling_report(
     runs: Annotated[list[Path], typer.Argument(help="run directories, or folders of them")],
+    skip_unfinished: Annotated[
+        bool, typer.Option("--skip-unfinished", help="leave out, and name, runs that have not ended")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="write scaling.txt, scaling.csv and runs.csv there")
     ] = None,
@@ -23,7 +26,7 @@ def scaling_report(
     """Images/s, speed-up and efficiency of runs that differ in size alone, for strong and weak scaling."""
     from hpctrain.scaling.command import scaling_report_command
 
-    scaling_report_command(runs, out, json_file)
+    scaling_report_command(runs, skip_unfinished, out, json_file)
 
 
 @scaling_app.command("plan")

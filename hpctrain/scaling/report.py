@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hpctrain.metrics.layout import RECORD_FILE
 from hpctrain.scaling.comparable import gpu_kinds, refuse_differences, remarks
 from hpctrain.scaling.runs import Run, read_runs
 from hpctrain.scaling.series import Baseline, Point, Series, find_series, left_out, outliers
@@ -45,18 +46,19 @@ class ScalingReport:
         return tuple(text.format(worker=f"one {self.worker}") for text in DEFINITIONS)
 
 
-def make_report(paths: Sequence[Path]) -> ScalingReport:
+def make_report(paths: Sequence[Path], skip_unfinished: bool = False) -> ScalingReport:
     """The report on the runs in ``paths``, run directories or folders of them.
 
-    Raises UserError when a run cannot be read, has not ended or does not compare with the others, and when the runs
-    make no series.
+    Raises UserError when a run cannot be read, does not compare with the others, or has not ended and may not be
+    skipped, and when the runs make no series.
     """
-    runs = read_runs(paths)
+    runs, unfinished = read_runs(paths, skip_unfinished)
     refuse_differences(runs)
     series = find_series(runs)
     gpu = gpu_kinds(runs[0])
     cpu = (runs[0].record.provenance.get("cpu") or {}).get("model") or "unknown CPU"
-    told = [*_about_series(series), *_about_runs(runs, series), *remarks(runs)]
+    skipped = [f"{path} is left out: it has no {RECORD_FILE}, so its training has not ended" for path in unfinished]
+    told = [*skipped, *_about_series(series), *_about_runs(runs, series), *remarks(runs)]
     engines = sorted({run.record.engine.name for run in runs})
     data = runs[0].record.data
     machine = (

@@ -48,29 +48,34 @@ class Run:
         return self.record.plan.batch_per_worker, self.config.train.accumulation
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in ``paths``, each a run directory or a folder of some, by size, batch and path; each run once.
+def read_runs(paths: Sequence[Path], skip_unfinished: bool = False) -> tuple[list[Run], list[Path]]:
+    """The finished runs in ``paths`` by size, batch and path, each once; and those that have not ended.
 
-    Raises UserError when there is no such folder, none holds a run, a run has not ended or measured nothing.
+    Each path is a run directory or a folder of some. Raises UserError when there is no such folder, none holds a run or
+    a run measured nothing; and when one has not ended, unless ``skip_unfinished`` and there are others.
     """
-    folders = sorted({found.resolve(): found for path in paths for found in _folders(path)}.values())
+    folders = sorted({found.resolve(): found for path in paths for found in _folders(path, skip_unfinished)}.values())
     unfinished = [folder for folder in folders if not (folder / RECORD_FILE).is_file()]
-    if unfinished:
+    if unfinished and (not skip_unfinished or unfinished == folders):
         raise UserError(
             f"{_listed(unfinished)} {'has' if len(unfinished) == 1 else 'have'} no {RECORD_FILE}, so the training "
-            "there has not ended: resume it, or leave it out"
+            "there has not ended: resume it, or leave such runs out with --skip-unfinished"
         )
-    return sorted((_read(folder) for folder in folders), key=lambda run: (run.size, run.batch, str(run.path)))
+    finished = [_read(folder) for folder in folders if folder not in unfinished]
+    return sorted(finished, key=lambda run: (run.size, run.batch, str(run.path))), unfinished
 
 
-def _folders(path: Path) -> list[Path]:
+def _folders(path: Path, skip_unfinished: bool) -> list[Path]:
     """``path`` itself, or the run directories right below it."""
+    # A job that failed before it began to train has left no run, or not even a folder.
+    if _is_run(path) or (skip_unfinished and not path.is_dir()):
+        return [path]
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: name run directories, or a folder of them")
-    found = [path] if _is_run(path) else [child for child in path.iterdir() if _is_run(child)]
-    if not found:
+    found = [child for child in path.iterdir() if _is_run(child)]
+    if not found and not skip_unfinished:
         raise UserError(f"{path} holds no run ({CONFIG_FILE}): name run directories, or a folder of them")
-    return found
+    return found or [path]
 
 
 def _is_run(path: Path) -> bool:

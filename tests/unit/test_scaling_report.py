@@ -185,6 +185,32 @@ def test_what_cannot_be_reported_is_one_sentence(tmp_path: Path, fault: Any, mes
     assert message in done.err and done.err.count("\n") == 1 and str(runs) in done.err
 
 
+def test_runs_that_have_not_ended_may_be_left_out_and_are_named(tmp_path: Path) -> None:
+    """Of 24 jobs one is bound to fail: before its record, before its configuration, or before its folder was made."""
+    runs, failed = ideal(tmp_path / "runs"), tmp_path / "failed"
+    shutil.copytree(runs / "n4", failed / "no record")
+    (failed / "no record/record.json").unlink()
+    (failed / "no run/nccl").mkdir(parents=True)
+    names = [failed / "no record", failed / "no run", failed / "no folder"]
+    done = command("scaling", "report", runs, *names, "--skip-unfinished", "--json", tmp_path / "r.json")
+    assert (done.code, done.err) == (0, "")
+    printed = " ".join(done.out.split())
+    for name in names:
+        sentence = f"note: {name} is left out: it has no record.json, so its training has not ended"
+        assert sentence.replace(" ", "") in printed.replace(" ", "")
+    assert [point["workers"] for point in json.loads((tmp_path / "r.json").read_text())["series"][0]["points"]] == [
+        1,
+        2,
+        4,
+    ]
+
+
+def test_a_report_of_nothing_but_unfinished_runs_is_none(tmp_path: Path) -> None:
+    (ideal(tmp_path / "runs") / "n1/record.json").unlink()
+    done = command("scaling", "report", tmp_path / "runs/n1", "--skip-unfinished")
+    assert done.code == 2 and "n1 has no record.json, so the training there has not ended: resume it, or" in done.err
+
+
 def test_an_impossible_folder_is_refused(tmp_path: Path) -> None:
     ideal(tmp_path / "runs")
     (tmp_path / "file").write_text("")
