@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from hpctrain.comm.agree import on_rank_zero
+from hpctrain.comm.base import Communicator
 from hpctrain.comm.serial import SerialCommunicator
 from hpctrain.config.load import load_config
 from hpctrain.config.schema import Config, ParallelConfig
@@ -39,7 +40,7 @@ def train_command(
     requests = requests or Requests()
     with open_session(config.comm, config.train.device, requests.asked) as session:
         path = on_rank_zero(session.comm, lambda: str(run_dir or default_run_dir(command.title)))
-        run = open_run(session, Path(path), config.comm.timeout_s + KILL_WAIT_S)
+        run = open_run(session.comm, Path(path), config.comm.timeout_s + KILL_WAIT_S)
         try:
             finished = train(config, session, run, resume, command, requests)
         finally:
@@ -48,14 +49,11 @@ def train_command(
         raise SystemExit(PREEMPTED)
 
 
-def open_run(session: Session, path: Path, earlier_start_s: float) -> RunDirectory:
-    """The run directory ``path``, locked by rank 0. Collective.
-
-    However long an earlier start of this job takes to give it back, the ranks show signs of life meanwhile.
-    """
+def open_run(comm: Communicator, path: Path, earlier_start_s: float) -> RunDirectory:
+    """The run directory ``path``, locked by rank 0. Collective."""
     run = RunDirectory(path)
-    while not on_rank_zero(session.comm, lambda: run.open(earlier_start_s)):
-        session.watch.beat(0, "start")
+    while not on_rank_zero(comm, lambda: run.open(earlier_start_s)):
+        pass  # Each asking is a sign of life of all ranks, however long an earlier start of this job is waited for.
     return run
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import pytest
 
@@ -13,7 +18,8 @@ from hpctrain.launch.exits import PREEMPTED
 from hpctrain.metrics.launches import read_launches
 from hpctrain.train.checkpoint import load_checkpoint
 from hpctrain.train.samples import samples_seen
-from tests.integration.commands import Job, Ranks, train, train_argv, write_config
+from tests.integration.commands import LIMIT_S, Job, Ranks, train, train_argv, write_config
+from tests.parallel.launch import environment
 from tests.unit.small_runs import record_of, saved_steps
 
 pytestmark = pytest.mark.timeout(900)
@@ -110,6 +116,46 @@ def test_each_sample_counts_once_over_a_preemption_a_kill_and_another_number_of_
     whole, rest = divmod(steps, STEPS_AN_EPOCH)
     assert [int(seen.sum()) for seen in counts.values()] == [24 * STEPS_AN_EPOCH] * whole + [24 * rest] * (rest > 0)
     assert all(seen.max() == 1 for seen in counts.values()), "no sample twice in an epoch"
+
+
+def stop_soon(words: list[str], folder: Path, reached: Callable[[], bool]) -> str:
+    """Run ``words`` in ``folder`` until it has ``reached`` so far, ask it to stop, and return what it printed."""
+    argv = [sys.executable, "-m", *words]
+    with subprocess.Popen(argv, cwd=folder, env=environment({}), stdout=PIPE, stderr=STDOUT, text=True) as process:
+        try:
+            while not reached():
+                assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.01)
+            process.send_signal(signal.SIGUSR1)
+            output: str = process.communicate(timeout=LIMIT_S)[0]
+        finally:
+            process.kill()
+    assert process.returncode == PREEMPTED, output
+    return output
+
+
+def test_the_line_that_is_printed_continues_a_run_whose_directory_nobody_named(tmp_path: Path) -> None:
+    """Also where it has to be quoted."""
+    write_config(
+        tmp_path / "my recipe.yaml",
+        model={"name": "dense", "neurons": 8},
+        data={"loader": "synthetic", "image_size": 4, "channels": 1, "num_classes": 7, "synthetic_samples": 1000},
+        train={"epochs": 100_000, "batch_per_worker": 8, "device": "cpu", "eval_every_epochs": None},
+        log={"every_steps": 10, "tensorboard": False},
+    )
+    runs = tmp_path / "runs"
+    typed = ["hpctrain", "train", "my recipe.yaml", "--set", "schedule={kind: constant, lr: 0.01}"]
+    told = stop_soon(typed, tmp_path, lambda: any(steps_logged(run) for run in runs.glob("*")))
+    (run,) = runs.iterdir()
+    (line,) = (line for line in told.splitlines() if line.startswith("to continue: "))
+    words = shlex.split(line.removeprefix("to continue: "))
+    assert words == [*typed, "--run-dir", f"runs/{run.name}"]
+    stopped_at = saved_steps(run)[-1]
+    told = stop_soon(words, tmp_path, lambda: steps_logged(run) > stopped_at + 10)
+    assert f"going on from step {stopped_at}" in told
+    assert line in told.splitlines(), "and so on"
+    assert list(runs.iterdir()) == [run]
+    assert [launch.step for launch in read_launches(run)] == [0, stopped_at]
 
 
 def test_a_kill_while_it_stops_leaves_a_sound_checkpoint(config: Path, tmp_path: Path) -> None:

@@ -7,11 +7,9 @@ import gc
 import os
 import re
 import socket
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -19,7 +17,6 @@ from hpctrain.errors import MachineError, UserError
 from hpctrain.train.main import open_run
 from hpctrain.train.rundir import RunDirectory, default_run_dir, held_by_another
 from tests.unit.fake_group import FakeCommunicator, run_group
-from tests.unit.small_runs import session_of
 
 
 def test_second_job_is_refused_until_the_first_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,9 +79,8 @@ def test_ranks_show_signs_of_life_however_long_an_earlier_start_is_waited_for(
     beats: list[list[float]] = [[], []]
 
     def rank(comm: FakeCommunicator) -> None:
-        watch: Any = SimpleNamespace(beat=lambda step, phase: beats[comm.rank].append(now_s))
-        run = open_run(replace(session_of(comm), watch=watch), earlier.path, 630.0)
-        run.close()
+        comm.arrive = lambda: beats[comm.rank].append(now_s)
+        open_run(comm, earlier.path, 630.0).close()
 
     run_group(2, rank)
     for moments in beats:
