@@ -345,7 +345,7 @@ def test_a_site_file_that_asks_for_what_is_not_set_is_named(job: Path) -> None:
 STAGE = {"HPCTRAIN_STAGE": "/data/set", "HPCTRAIN_SCRATCH": "/disk"}
 
 
-@pytest.mark.parametrize("own", [[], ["data.path=/data/set"]])
+@pytest.mark.parametrize("own", [[], ["data.path=/data/set/"]])
 def test_what_is_staged_is_what_is_trained_on(job: Path, own: list[str]) -> None:
     assert run(job, "small.yaml", *own, "seed=2", **STAGE).returncode == 0
     staging, preflight, training = recorded(job, "srun").calls[1:]
