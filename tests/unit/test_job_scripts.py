@@ -461,11 +461,13 @@ def test_a_warning_before_training_begins_is_not_lost(job: Path) -> None:
     text = TRAIN.read_text()
     assert "    srun_pid=$!\n" in text
     script = job / "train.sbatch"
-    script.write_text(text.replace("    srun_pid=$!\n", "    [[ -e warned ]] || kill -USR1 $$\n    srun_pid=$!\n"))
+    script.write_text(text.replace("    srun_pid=$!\n", "    kill -USR1 $$\n    srun_pid=$!\n"))
     (job / "bin/srun").write_text(
-        "#!/bin/bash\n[[ $* == *doctor* ]] || exit 0\ntrap 'touch warned; exit 75' USR1\n"
-        "for ((i = 0; i < 600; i++)); do sleep 0.1; done\n"
+        "#!/bin/bash\n[[ $* == *doctor* ]] || exit 0\ntrap 'touch warned; exit 75' USR1\ntouch listens\n"
+        "for ((i = 0; i < 600; i++)); do /bin/sleep 0.1; done\n"
     )
+    (job / "bin/sleep").write_text("#!/bin/bash\nuntil [[ -e listens ]]; do /bin/sleep 0.05; done\n")
+    (job / "bin/sleep").chmod(0o755)
     assert run(job, "small.yaml", script=script).returncode == 75
     assert recorded(job, "python").calls == [VERSION, requeue(75)]
 
