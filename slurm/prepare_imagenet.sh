@@ -7,7 +7,7 @@
 # gives them to those who have agreed to its terms. 150 GB are read and written. Stopped by its time limit or otherwise,
 # it goes on where it was when it is submitted again. Runs without Slurm as well. HPCTRAIN_SITE gives modules and
 # environment, as for train.sbatch.
-# Run on small archives of the same form. Not yet run: ImageNet itself.
+# Run on small archives of the same form. Not yet run: ImageNet itself, modules, Apptainer.
 #SBATCH --job-name=prepare-imagenet
 #SBATCH --requeue
 #SBATCH --open-mode=append
