@@ -11,6 +11,7 @@ import typer
 
 from hpctrain import __version__
 from hpctrain.cli.bench import bench_app
+from hpctrain.cli.config import print_config
 from hpctrain.cli.data import data_app
 from hpctrain.cli.launch import account, requeue, submit
 from hpctrain.cli.options import ConfigPath, JsonFile, JsonMayStandAlone, Overrides, ended_by_interrupt
@@ -141,6 +142,7 @@ def _doctor_job(config: Path | None, overrides: list[str], run_dir: Path | None,
     job_command(settings, run_dir, json_file)
 
 
+app.command("config")(print_config)
 app.command()(submit)
 app.command()(requeue)
 app.command()(account)

@@ -33,7 +33,7 @@ class DenseConfig(Section):
     """Fully connected net on flattened pictures."""
 
     name: Literal["dense"]
-    """dense"""
+    """the only net of this kind"""
     hidden_layers: Annotated[int, Field(ge=0)] = 1
     """number of hidden layers"""
     neurons: Positive = 128
