@@ -437,8 +437,9 @@ def test_a_rank_that_srun_ends_does_not_decide_over_the_status(job: Path) -> Non
     assert run(job, "small.yaml").returncode == 2
 
 
-def test_a_warning_during_the_preflight_leads_to_a_requeue(job: Path) -> None:
-    warned = "touch $$.srun\nkill -USR1 $PPID\nexit 143\n"
+@pytest.mark.parametrize("left_with", [0, 143])
+def test_a_warning_during_the_preflight_leads_to_a_requeue(job: Path, left_with: int) -> None:
+    warned = f"touch $$.srun\ntrap '' USR1\nkill -USR1 $PPID\nexit {left_with}\n"
     (job / "bin/srun").write_text(f"#!/bin/bash\n[[ $* == *doctor* ]] || exit 0\n{warned}")
     assert run(job, "small.yaml").returncode == 75
     assert recorded(job, "python").calls[-1] == requeue(75)
