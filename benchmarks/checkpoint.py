@@ -24,6 +24,7 @@ from benchmarks.timing import seconds_of
 from hpctrain.bench.variants import make_loop
 from hpctrain.comm.turns import Turns
 from hpctrain.config.schema import Config
+from hpctrain.metrics.layout import checkpoint_name
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.topology.ranks import Topology
 from hpctrain.train.build import build_parts, open_data, plan_for
@@ -70,20 +71,22 @@ def verify(loop: Loop, reference: Path) -> None:
 def measure_round(loop: Loop) -> dict[str, float]:
     """Seconds of one save and of what it does to the steps beside it."""
     step_s = statistics.median(seconds_of(loop.step) for _ in range(_UNDISTURBED))
+    written = loop.run.checkpoints / checkpoint_name(loop.progress.step)
     exposed_s = seconds_of(loop.save)
     started_s, steps = time.perf_counter(), 0
-    while loop.saver.writing:
+    while not written.exists():
         loop.step()
         steps += 1
     beside_s = time.perf_counter() - started_s
     loop.saver.wait()
+    write_s = loop.saver.writes_s[-1]
     return {
         "step_s": step_s,
         "exposed_s": exposed_s,
-        "write_s": loop.saver.last_write_s,
+        "write_s": write_s,
         "steps_beside": steps,
         "slowed_s": beside_s - steps * step_s,
-        "exposed_share": exposed_s / loop.saver.last_write_s,
+        "exposed_share": exposed_s / write_s,
     }
 
 

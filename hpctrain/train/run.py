@@ -121,7 +121,7 @@ class _Launch:
         loop = self._loop
         loop.save()
         loop.saver.wait()
-        step, write_s = loop.progress.step, loop.saver.longest_write_s
+        step, write_s = loop.progress.step, max(loop.saver.writes_s, default=0.0)
         end = partial(self._launches.end, self._number, step, reason, preempted=preempted, write_s=write_s)
         on_rank_zero(loop.parts.comm, end)
 
@@ -140,7 +140,7 @@ class _Launch:
             return
         saver, turns, margin_s = self._loop.saver, self._loop.turns, self._loop.parts.config.launch.margin_s
         earlier_s = max((launch.write_s for launch in read_launches(self._loop.run.path)), default=0.0)
-        limit = TimeLimit(end_s, margin_s, lambda: max(earlier_s, saver.longest_write_s), lambda: turns.turn_s)
+        limit = TimeLimit(end_s, margin_s, lambda: max([earlier_s, *saver.writes_s]), lambda: turns.turn_s)
         end = f"{datetime.fromtimestamp(end_s):%Y-%m-%d %H:%M:%S}"
         if limit.left_s <= 0:
             self._display.message(

@@ -20,8 +20,6 @@ from hpctrain.metrics.jsonfiles import DurableLog, read_log
 from hpctrain.metrics.launches import Launch, read_launches
 from hpctrain.metrics.layout import CHECKPOINTS, SAMPLES, list_checkpoints, step_of
 
-FOLDER = "samples"
-
 
 class SampleLog:
     """One rank's log of one launch."""

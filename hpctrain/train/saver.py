@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +97,9 @@ class Saver:
         return idle
 
     @property
-    def writing(self) -> bool:
-        """Whether this rank is writing a checkpoint."""
-        return not self._writer.idle(0.0)
-
-    @property
-    def last_write_s(self) -> float:
-        """How long the latest write that is over took, on rank 0."""
-        return self._writer.write_s[-1]
-
-    @property
-    def longest_write_s(self) -> float:
-        """Of this launch, on rank 0; 0 before the first."""
-        return max(self._writer.write_s, default=0.0)
+    def writes_s(self) -> Sequence[float]:
+        """How long each write of this launch that is over took, in seconds, on rank 0."""
+        return self._writer.write_s
 
     def to_record(self) -> dict[str, Any]:
         """What checkpoints cost in this launch: medians of the time between two, from copy to rename, and for which
@@ -116,7 +107,7 @@ class Saver:
         spans = [later - earlier for earlier, later in zip(self._saved_at_s[1:], self._saved_at_s[2:], strict=False)]
         return {
             "every_s": statistics.median(spans) if spans else None,
-            "write_s": statistics.median(self._writer.write_s) if self._writer.write_s else None,
+            "write_s": statistics.median(self.writes_s) if self.writes_s else None,
             "exposed_s": statistics.median(self._exposed_s) if self._exposed_s else None,
         }
 
@@ -128,7 +119,7 @@ class Saver:
         hours = self._parts.config.checkpoint.mtbf_hours
         if hours is not None:
             cost_s = statistics.median(self._exposed_s)
-            steps = interval_steps(cost_s, self.longest_write_s, 3600 * hours, step_s)
+            steps = interval_steps(cost_s, max(self.writes_s, default=0.0), 3600 * hours, step_s)
             self._next_step = step + on_rank_zero(self._parts.comm, lambda: steps)
 
 

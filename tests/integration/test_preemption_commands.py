@@ -92,6 +92,21 @@ def test_a_signal_to_one_rank_ends_all_at_one_step(ranks: Ranks, status: int, co
     assert launch.write_s > 0
 
 
+def test_a_signal_that_is_not_listed_is_nothing_to_the_ranks(config: Path, tmp_path: Path) -> None:
+    """A job script passes on what Slurm was asked to send, whatever the configuration says."""
+    run = tmp_path / "run"
+    with Job(TWO, *train_argv(TWO, config, run, "launch.signals=[USR2]")) as job:
+        job.wait_until(lambda: steps_logged(run) >= 20)
+        for rank in (0, 1):
+            job.signal_rank(rank, signal.SIGUSR1)
+        at = steps_logged(run)
+        job.wait_until(lambda: steps_logged(run) >= at + 50)
+        job.signal_rank(1, signal.SIGUSR2)
+        done = job.end()
+    assert (done.returncode, done.timed_out) == (PREEMPTED, False), done.output[-6000:]
+    assert "stopped by SIGUSR2 on rank 1" in done.output
+
+
 def test_each_sample_counts_once_over_a_preemption_a_kill_and_another_number_of_ranks(
     config: Path, tmp_path: Path
 ) -> None:
