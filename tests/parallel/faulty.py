@@ -33,7 +33,9 @@ def misbehave(fault: str) -> None:
         time.sleep(1000)
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "stop":
+    if fault == "stop-seen":
+        time.sleep(3)  # so that the others' watches have seen where it stands
+    if fault in ("stop", "stop-seen"):
         os.kill(os.getpid(), signal.SIGSTOP)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.needs import needs
-from tests.parallel.launch import Run, launch
+from tests.parallel.launch import Run, launch, run_job
+from tests.unit.small_runs import write_recipe
 
 WORLDS = [
     pytest.param("horovod", "mpirun", id="horovod-mpi"),
@@ -77,8 +79,11 @@ def test_a_stopped_process_is_known_by_its_silence() -> None:
 
 
 def test_a_stopped_rank_0_is_known_though_it_keeps_the_channel() -> None:
-    run = run_faulty("mpi", "mpirun", "stop", rank=0, timeout_s=5)
-    pattern = r"no progress for \d+ s: rank 0 \(host \S+\), which keeps the side channel, has not answered for \d+ s"
+    run = run_faulty("mpi", "mpirun", "stop-seen", rank=0, timeout_s=5)
+    pattern = (
+        r"no progress for \d+ s: rank 0 \(host \S+\), which keeps the side channel, has not answered for \d+ s, last "
+        r"seen in step 3, phase data"
+    )
     assert re.search(pattern, run.output), run.output
 
 
@@ -87,6 +92,44 @@ def test_the_startup_limit_is_the_one_named_before_the_first_step() -> None:
     assert "all 2 ranks" not in run.output
     assert "rank 1 (host" in run.output
     assert "phase start" in run.output
+
+
+@pytest.mark.parametrize(
+    ("place", "rank", "engine", "late", "others"),
+    [
+        ("build", 1, "torch", r"step 0, phase start, part \d+", r"step 0, phase start, part \d+"),
+        ("eval", 1, "mpi", "step 49, phase eval, part 2", r"step 49, phase eval, part \d+"),
+        ("note", 0, "torch", r"step 49, phase eval, part \d+", r"step 49, phase checkpoint, part \d+"),
+        ("flush", 1, "mpi", "step 49, phase checkpoint", r"step 49, phase checkpoint, part \d+"),
+    ],
+)
+def test_a_training_that_hangs_names_the_rank_that_has_done_least(
+    tmp_path: Path, place: str, rank: int, engine: str, late: str, others: str
+) -> None:
+    needs(*(("mpi4py",) if engine == "mpi" else ()))
+    options = ["--engine", engine, "--rank", str(rank), "--place", place]
+    command = [sys.executable, "-m", "tests.parallel.hung", *options, "--run-dir", str(tmp_path / "run")]
+    run = launch("mpirun", 2, command, timeout_s=90)
+    assert run.returncode != 0 and not run.timed_out and run.survivors == 0, run.output[-6000:]
+    sentence = rf"rank {rank} \(host \S+\) is late: {late}, where it came \d+ s ago; the others wait in {others}; raise"
+    assert re.search(sentence, run.output), run.output[-6000:]
+    assert "in hang" in run.output, "the late rank shows where it stands"
+
+
+@pytest.mark.parametrize("engine", ["horovod", "mpi", "torch"])
+def test_a_training_does_not_wait_for_ever_for_a_rank_that_never_comes(tmp_path: Path, engine: str) -> None:
+    needs(*{"horovod": ("horovod",), "mpi": ("mpi4py",)}.get(engine, ()))
+    config = write_recipe(tmp_path / "small.yaml", comm={"engine": engine, "timeout_s": 4, "startup_timeout_s": 5})
+    ours = [sys.executable, "-m", "hpctrain", "train", str(config), "--run-dir", str(tmp_path / "run")]
+    job = ["mpirun", "--oversubscribe", "--allow-run-as-root", "-np", "1", *ours, ":", "-np", "1", "sleep", "1000"]
+    run = run_job(job, timeout_s=80)
+    assert run.returncode == 1 and not run.timed_out and run.survivors == 0, run.output[-6000:]
+    assert re.search(
+        rf"hpctrain: rank 0 of 2 on host \S+ has been waiting 5 s for the engine \({engine}\) to start: check that all "
+        r"ranks were started and that their hosts reach each other, or raise comm\.startup_timeout_s",
+        run.output,
+    ), run.output[-6000:]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistake_found_by_all_ranks_is_one_sentence() -> None:
