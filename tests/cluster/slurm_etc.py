@@ -16,7 +16,9 @@ CORES_PER_TASK = 4
 #: a node that has been silent for so long is down, and its jobs are requeued
 NODE_TIMEOUT_S = 15
 #: between SIGTERM and SIGKILL
-KILL_WAIT_S = 10
+KILL_WAIT_S = 5
+#: so long ago a job must have ended for its processes on a node that comes back to be ended at once, not a minute later
+MESSAGE_TIMEOUT_S = 5
 _MEMORY_MIB = 4096
 
 _SLURM_CONF = """\
@@ -44,7 +46,7 @@ JobRequeue=1
 ReturnToService=2
 SlurmdTimeout={node_timeout_s}
 KillWait={kill_wait_s}
-MessageTimeout=5
+MessageTimeout={message_timeout_s}
 TCPTimeout=2
 GresTypes=gpu
 AccountingStorageType={storage}
@@ -121,6 +123,7 @@ def _write_slurm(etc: Path, shared: Path, settings: Settings) -> None:
         log=shared / "log",
         node_timeout_s=NODE_TIMEOUT_S,
         kill_wait_s=KILL_WAIT_S,
+        message_timeout_s=MESSAGE_TIMEOUT_S,
         storage="accounting_storage/slurmdbd" if settings.accounting else "accounting_storage/none",
         nodes=settings.nodes,
         cores=settings.tasks_per_node * CORES_PER_TASK,

@@ -10,9 +10,10 @@ from functools import partial
 
 import pytest
 
+from hpctrain.metrics.launches import read_launches
 from tests.cluster.slow_disk import SlowDisk, half_written
 from tests.cluster.slurm import Slurm
-from tests.cluster.slurm_etc import NODE_TIMEOUT_S
+from tests.cluster.slurm_etc import MESSAGE_TIMEOUT_S, NODE_TIMEOUT_S
 from tests.cluster.training import LIMIT_S, Training
 
 Start = Callable[..., Training]
@@ -59,12 +60,13 @@ def test_a_lost_node_is_replaced_or_waited_for(slurm: Slurm, begin: Start, finis
     for training in (replacing, waiting):
         training.job.wait_for("PENDING", NODE_TIMEOUT_S + 60)
     assert slurm.node_states()[lost].startswith("down")
-    finishes(replacing)
-    assert lost not in replacing.job.nodes
-    assert lost not in {row["host"] for row in replacing.record()["ranks"]}
+    replacing.job.wait_until(lambda: len(read_launches(replacing.run)) == 2, LIMIT_S, "go on")
     assert waiting.job.state == "PENDING"
     slurm.boot_node(lost)
+    waiting.job.wait(LIMIT_S)
+    finishes(replacing)
     finishes(waiting)
+    assert lost not in {row["host"] for row in replacing.record()["ranks"]}
     assert waiting.job.nodes == nodes
     assert (replacing.job.restarts, waiting.job.restarts) == (1, 1)
 
@@ -87,7 +89,8 @@ def test_a_cable_out_for_good_loses_the_node(slurm: Slurm, start: Start, finishe
     assert training.job.wait(LIMIT_S) == "COMPLETED", training.job.output
     assert lost not in training.job.nodes
     # Cut off, the node has not heard of the job's end.
+    time.sleep(MESSAGE_TIMEOUT_S + 1)
     slurm.rejoin(lost)
     slurm.await_nodes("idle", [lost])
-    assert not slurm.strangers(120)
+    assert not slurm.strangers(60)
     finishes(training)

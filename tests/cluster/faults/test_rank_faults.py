@@ -37,13 +37,17 @@ def test_a_killed_rank_ends_this_start_and_the_next_one_finishes(
 
 
 def test_daemons_and_drains_do_not_touch_the_job(slurm: Slurm, start: Start, finishes: Finishes) -> None:
-    training = start()
+    """Its disk holds it back until all of that has happened."""
+    disk = SlowDisk(slurm, "daemons")
+    training = start(env=disk.env)
+    disk.hold()
     slurm.signal_daemon("n2", "slurmd", "KILL")
     slurm.scontrol(["update", "nodename=n1", "state=drain", "reason=test"])
     slurm.stop_controller()
     slurm.start_controller()
-    training.wait_for_step(12)
     assert slurm.node_states()["n1"] == "draining"
+    disk.release()
+    training.wait_for_step(12)
     slurm.start_slurmd("n2")
     slurm.scontrol(["update", "nodename=n1", "state=resume"])
     finishes(training)
@@ -85,7 +89,8 @@ def test_warnings_lead_to_as_many_requeues_as_are_allowed(slurm: Slurm, start: S
 def test_the_tasks_of_an_array_take_turns(slurm: Slurm, start: Start, finishes: Finishes) -> None:
     """What a site without requeues has instead."""
     array = start(options=("--nodelist=n[1-2]", "--no-requeue", "--array=0-2%1"))
-    first, second, third = (slurm.job(f"{array.job.id}_{task}") for task in range(3))
+    tasks = [slurm.job(f"{array.job.id}_{task}") for task in range(3)]
+    first, second, third = tasks[0].by_number(), tasks[1], tasks[2]
     first.signal("USR1", batch=True)
     assert (first.wait(60), first.exit_code) == ("FAILED", PREEMPTED), first.output
     assert f"task 0 of array {array.job.id} ends here, the next one goes on" in first.output
