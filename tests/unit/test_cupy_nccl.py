@@ -164,6 +164,24 @@ def test_a_dtype_that_this_nccl_lacks_is_refused(comm: cupy_nccl.CupyNcclCommuni
         comm.all_reduce_(torch.zeros(2, dtype=torch.bfloat16))
 
 
+def test_what_it_says_it_sums_is_what_this_nccl_sums(
+    monkeypatch: pytest.MonkeyPatch, log: list[tuple[Any, ...]]
+) -> None:
+    """``auto`` picks a reduction by it."""
+    nccl, host = FakeNccl(log), SerialCommunicator(Topology(), torch.device("cpu"))
+    assert torch.bfloat16 not in cupy_nccl.CupyNcclCommunicator(host, DEVICE, nccl, None, None).reducible
+    monkeypatch.setattr(nccl, "NCCL_BFLOAT16", "NCCL_BFLOAT16", raising=False)
+    newer = cupy_nccl.CupyNcclCommunicator(host, DEVICE, nccl, None, None)
+    assert set(newer.reducible) == {*host.reducible, torch.bfloat16}
+
+
+def test_small_values_go_over_mpi_and_are_a_sign_of_life(comm: cupy_nccl.CupyNcclCommunicator) -> None:
+    arrivals: list[int] = []
+    comm.arrive = lambda: arrivals.append(1)
+    assert comm.all_gather_object("a") == ["a"] and comm.broadcast_object("b") == "b"
+    assert len(arrivals) == 2
+
+
 def test_a_failed_call_names_the_rank(comm: cupy_nccl.CupyNcclCommunicator, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise FakeError("NCCL_ERROR_UNHANDLED_CUDA_ERROR")
