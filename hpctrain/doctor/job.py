@@ -112,18 +112,20 @@ def examine_job(comm: Communicator, config: Config, run_dir: Path | None, engine
 def _find_suspects(comm: Communicator, found: Preflight) -> None:
     """Measure, and once more where somebody looks slow."""
     try:
-        found.paces = _measure_all(comm, found.places)
+        ring = list(dict.fromkeys(place.host for place in found.places))
+        found.paces = _measure_all(comm, found.places, ring)
     except UserError as error:
         found.remarks.append(f"nodes were not measured: {error}")
         return
     found.suspects = find_suspects(found.places, found.paces, comm.device.type)
     if found.suspects:
-        again = _measure_all(comm, found.places)
+        # With other neighbours, so that a sound node between two slow ones is not taken for a third.
+        again = _measure_all(comm, found.places, [*ring[::2], *ring[1::2]])
         found.suspects = confirm(found.suspects, find_suspects(found.places, again, comm.device.type))
 
 
-def _measure_all(comm: Communicator, places: Sequence[RankPlace]) -> list[Pace]:
-    return _of_all(comm, measure(comm, [place.host for place in places]))
+def _measure_all(comm: Communicator, places: Sequence[RankPlace], ring: Sequence[str]) -> list[Pace]:
+    return _of_all(comm, measure(comm, [place.host for place in places], ring))
 
 
 def _of_all(comm: Communicator, mine: Told) -> list[Told]:

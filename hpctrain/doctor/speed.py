@@ -47,14 +47,14 @@ class Pace:
     sums: tuple[Sum, ...]
 
 
-def measure(comm: Communicator, hosts: Sequence[str]) -> Pace:
-    """This rank's figures; ``hosts`` by rank. Collective.
+def measure(comm: Communicator, hosts: Sequence[str], ring: Sequence[str]) -> Pace:
+    """This rank's figures; ``hosts`` by rank, ``ring`` each once, neighbours to be measured together. Collective.
 
     Raises UserError where the engine makes no groups of ranks.
     """
     product_s, checksum = time_product(comm.device)
     sums = []
-    for together in groups(hosts):
+    for together in groups(ring):
         # All groups of a round are made by all ranks, and then used at once.
         members = [(names, comm.subgroup(_ranks_on(names, hosts))) for names in together]
         comm.barrier()
@@ -64,9 +64,8 @@ def measure(comm: Communicator, hosts: Sequence[str]) -> Pace:
     return Pace(product_s, checksum, tuple(sums))
 
 
-def groups(hosts: Sequence[str]) -> list[list[tuple[str, ...]]]:
+def groups(names: Sequence[str]) -> list[list[tuple[str, ...]]]:
     """Rounds of hosts that sum together: each alone, then each with both of its neighbours in a ring, in turn."""
-    names = list(dict.fromkeys(hosts))
     ring = list(pairwise([*names, names[0]] if len(names) > 2 else names))
     # In an odd ring the last pair has a node in common with pairs of both rounds.
     paired = ring[: len(ring) - len(ring) % 2] if len(names) > 2 else ring

@@ -48,11 +48,11 @@ def find_suspects(places: Sequence[RankPlace], paces: Sequence[Pace], device_typ
 
 
 def confirm(first: Sequence[Suspect], second: Sequence[Suspect]) -> list[Suspect]:
-    """Those that were found twice, or broken once: a disturbance passes."""
-    hosts = {suspect.host for suspect in first}
-    twice = [suspect for suspect in second if suspect.host in hosts or suspect.broken]
-    named = {suspect.host for suspect in twice}
-    return [*(suspect for suspect in first if suspect.broken and suspect.host not in named), *twice]
+    """Those that were found twice, by what was found first, or broken once: a disturbance passes."""
+    hosts = {suspect.host for suspect in second}
+    broken = {suspect.host: suspect for suspect in (*second, *first) if suspect.broken}
+    slow = {suspect.host: suspect for suspect in first if suspect.host in hosts}
+    return list((slow | broken).values())
 
 
 def sentence(suspects: Sequence[Suspect]) -> str:
