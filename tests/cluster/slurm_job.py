@@ -30,10 +30,6 @@ class Job:
         ends = [match.start() for match in found[1:]] + [len(text)]
         return {match[1]: text[match.end() : end].strip() for match, end in zip(found, ends, strict=True)}
 
-    def by_number(self) -> Job:
-        """A task of an array, once it has a number of its own: scancel does not signal the script of another."""
-        return Job(self.facts()["JobId"], self._call)
-
     @property
     def state(self) -> str:
         return self.facts()["JobState"]

@@ -31,8 +31,9 @@ def test_a_killed_rank_ends_this_start_and_the_next_one_finishes(
     training = start(engine=engine)
     kill_ranks(slurm, "n2")
     finishes(training)
-    assert "n2: task 1: Killed" in training.job.output
-    assert "is requeued (1 of at most 10), after a fault (exit status " in training.job.output
+    output = training.job.output
+    assert "n2: task 1: Killed" in output, output
+    assert "is requeued (1 of at most 10), after a fault (exit status " in output, output
     assert training.record()["launch"]["restarts"] == training.job.restarts == 1
 
 
@@ -43,9 +44,9 @@ def test_daemons_and_drains_do_not_touch_the_job(slurm: Slurm, start: Start, fin
     disk.hold()
     slurm.signal_daemon("n2", "slurmd", "KILL")
     slurm.scontrol(["update", "nodename=n1", "state=drain", "reason=test"])
+    assert slurm.node_states()["n1"] == "draining"
     slurm.stop_controller()
     slurm.start_controller()
-    assert slurm.node_states()["n1"] == "draining"
     disk.release()
     training.wait_for_step(12)
     slurm.start_slurmd("n2")
@@ -89,9 +90,9 @@ def test_warnings_lead_to_as_many_requeues_as_are_allowed(slurm: Slurm, start: S
 def test_the_tasks_of_an_array_take_turns(slurm: Slurm, start: Start, finishes: Finishes) -> None:
     """What a site without requeues has instead."""
     array = start(options=("--nodelist=n[1-2]", "--no-requeue", "--array=0-2%1"))
-    tasks = [slurm.job(f"{array.job.id}_{task}") for task in range(3)]
-    first, second, third = tasks[0].by_number(), tasks[1], tasks[2]
-    first.signal("USR1", batch=True)
+    first, second, third = (slurm.job(f"{array.job.id}_{task}") for task in range(3))
+    # It signals a task again and again, until it complains that this has ended.
+    slurm.call(["scancel", "--signal=USR1", "--batch", first.id], check=False)
     assert (first.wait(60), first.exit_code) == ("FAILED", PREEMPTED), first.output
     assert f"task 0 of array {array.job.id} ends here, the next one goes on" in first.output
     finishes(Training(second, array.run))
