@@ -89,8 +89,12 @@ def _hopeless(run_dir: Path, job: str, restarts: int) -> str | None:
     last = next((launch for launch in reversed(launches) if launch.job == job), None)
     if last is None:
         return "before it began to train"
-    if not_begun := restarts - last.restarts:
-        return None if not_begun == 1 else "before it began to train, as the start before it"
+    not_begun = restarts - last.restarts
+    if not_begun > 1:
+        return "before it began to train, as the start before it"
+    # Below 0 this start is one that Slurm has given up; `_refusal` says so.
+    if not_begun:
+        return None
     if any(step_of(path) > last.step for path in list_checkpoints(run_dir / CHECKPOINTS)):
         return None
     before = launches[last.number - 1] if last.number else None

@@ -221,6 +221,15 @@ def test_a_restart_that_fails_before_it_trains_is_repeated_once(tmp_path: Path) 
         after_fault(tmp_path, run, SLURM_RESTART_COUNT="3")
 
 
+def test_a_start_that_is_over_is_told_so_after_a_fault_too(tmp_path: Path) -> None:
+    run = run_of(tmp_path, begin(0, 0), begin(1, 5, slurm_restart_count="2"), saved=5)
+    Double(tmp_path, "scontrol", stdout="JobId=77 JobState=RUNNING Requeue=1 Restarts=2\n")
+    with pytest.raises(
+        NotRequeued, match="Slurm has started job 77 again already: this start of it, number 2, is over"
+    ):
+        after_fault(tmp_path, run, SLURM_RESTART_COUNT="1")
+
+
 def test_another_job_that_trained_says_nothing_of_this_one(tmp_path: Path) -> None:
     run = run_of(tmp_path, begin(0, 0, slurm_job_id="76", slurm_restart_count="1"))
     Double(tmp_path, "scontrol"), Double(tmp_path, "srun")
