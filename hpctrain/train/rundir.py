@@ -81,18 +81,17 @@ class RunDirectory:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = _try_lock(path)
+            if self._lock is not None:
+                os.ftruncate(self._lock, 0)
+                os.write(self._lock, f"process {os.getpid()} on host {socket.gethostname()}{_of_this_job()}\n".encode())
+                return True
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        if self._lock is None:
-            holder = _holder(path)
-            if now_s - self._asked_s >= (earlier_start_s if _is_of_this_job(holder) else _PATIENCE_S):
-                raise in_use(self.path, holder)
-            time.sleep(_LOOK_S)
-            return False
-        self._asked_s = None
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, f"process {os.getpid()} on host {socket.gethostname()}{_of_this_job()}\n".encode())
-        return True
+        holder = _holder(path)
+        if now_s - self._asked_s >= (earlier_start_s if _is_of_this_job(holder) else _PATIENCE_S):
+            raise in_use(self.path, holder)
+        time.sleep(_LOOK_S)
+        return False
 
     def forget_record(self) -> None:
         """Remove the record of an earlier end, since the run goes on."""

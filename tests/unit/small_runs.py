@@ -26,6 +26,7 @@ from hpctrain.config.schema import Config
 from hpctrain.data.types import Batch, Loader, Request
 from hpctrain.launch.continuing import TrainCommand
 from hpctrain.launch.preempt import Requests
+from hpctrain.metrics.layout import list_checkpoints, step_of
 from hpctrain.topology.ranks import Topology
 from hpctrain.train import build, summary
 from hpctrain.train.build import build_parts
@@ -176,7 +177,8 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+    """Of the checkpoints that a run has kept, in order."""
+    return [step_of(path) for path in reversed(list_checkpoints(folder / "checkpoints"))]
 
 
 @dataclass

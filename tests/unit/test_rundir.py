@@ -135,11 +135,12 @@ def test_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         RunDirectory(tmp_path / "run").open()
 
 
-def test_full_disk_is_the_machines_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refuses", ["pathlib.Path.mkdir", "os.write"])
+def test_full_disk_is_the_machines_fault(refuses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(refuses, refuse)
     with pytest.raises(MachineError, match="No space left on device"):
         RunDirectory(tmp_path / "run").open()
 
