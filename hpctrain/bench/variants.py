@@ -54,7 +54,7 @@ class Variant:
 def make_loop(parts: Parts, dataset: Dataset, session: Session, folder: Path) -> Loop:
     """The loop of `hpctrain train` on synthetic batches, which logs to files in ``folder`` and shows nothing."""
     progress = Progress()
-    feeds = build_feeds(parts, dataset, session, progress)
+    feeds = build_feeds(parts, dataset, session)
     run = RunDirectory(folder)
     sinks = open_sinks(parts.config, run, progress) if parts.comm.rank == 0 else []
     journal = Journal(parts, feeds, SilentDisplay(), sinks, folder)
@@ -64,8 +64,7 @@ def make_loop(parts: Parts, dataset: Dataset, session: Session, folder: Path) ->
 
 def ready_batches(parts: Parts, dataset: Dataset, session: Session) -> list[Ready]:
     """The first batches of the loop, on the device and in the model's memory format."""
-    progress = Progress()
-    stream = build_feeds(parts, dataset, session, progress).train_batches(progress)
+    stream = build_feeds(parts, dataset, session).train_batches(Progress())
     return [parts.to_device(batch) for batch in itertools.islice(stream, BATCHES)]
 
 

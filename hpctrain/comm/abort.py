@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from hpctrain.comm.watch import Watch
 
 _INTERRUPTED = 130
-#: ranks other than 0 leave it this long to tell a mistake that all of them found
+#: ranks other than 0 leave it this long to tell a mistake that all of them found: in a job that runs they find it
+#: together, so less than before they have met (``topology.voice``)
 _PRECEDENCE_S = 1.0
 
 

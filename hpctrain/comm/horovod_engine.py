@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -205,8 +205,8 @@ class HorovodCommunicator(Communicator):
                 raise UserError(f"Horovod makes no groups of its ranks: {error}") from error
         if self.rank not in ranks:
             return None
-        topology = replace(self.topology, rank=list(ranks).index(self.rank), world_size=len(ranks))
-        return HorovodCommunicator(topology, self.device, self.shared.process_sets[members], self.shared, is_split=True)
+        group, topology = self.shared.process_sets[members], self.topology.within(ranks)
+        return HorovodCommunicator(topology, self.device, group, self.shared, is_split=True)
 
     def forget_subgroups(self) -> None:
         """Groups end with the world they were split from: after a restart they are split anew."""

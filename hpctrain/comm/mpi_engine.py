@@ -10,7 +10,6 @@ import ctypes
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -218,8 +217,7 @@ class MpiCommunicator(Communicator):
         work.wait()
         if self.rank not in ranks:
             return None
-        topology = replace(self.topology, rank=list(ranks).index(self.rank), world_size=len(ranks))
-        return MpiCommunicator(topology, self.device, self._mpi, work.result, self._courier)
+        return MpiCommunicator(self.topology.within(ranks), self.device, self._mpi, work.result, self._courier)
 
     def barrier(self) -> None:
         self._start("barrier", self._comm.Barrier).wait()

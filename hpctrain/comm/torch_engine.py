@@ -9,7 +9,6 @@ import datetime
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +191,7 @@ class TorchCommunicator(Communicator):
             group = self._dist.new_group([self._world_ranks[rank] for rank in ranks])
         if self.rank not in ranks:
             return None
-        topology = replace(self.topology, rank=list(ranks).index(self.rank), world_size=len(ranks))
-        return TorchCommunicator(topology, self.device, group)
+        return TorchCommunicator(self.topology.within(ranks), self.device, group)
 
     def barrier(self) -> None:
         with self.faults("barrier"):

@@ -31,6 +31,10 @@ class Topology:
     host: str = "localhost"
     launcher: str = "none"
 
+    def within(self, ranks: Sequence[int]) -> Topology:
+        """This rank's place among ``ranks``, of which it is one: counted there, on the job's nodes."""
+        return replace(self, rank=list(ranks).index(self.rank), world_size=len(ranks))
+
 
 @dataclass(frozen=True, slots=True)
 class RankTable:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from hpctrain.errors import HpctrainError, UserError
 from hpctrain.topology.ranks import Topology, detect
 
-#: Ranks other than 0 wait this long before they repeat what all ranks may have found.
+#: Ranks other than 0 wait this long before they repeat what all ranks may have found: they have not met yet, and on a
+#: shared file system one imports what it needs seconds after another.
 _PRECEDENCE_S = 3.0
 
 

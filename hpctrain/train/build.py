@@ -147,7 +147,7 @@ class Feeds:
         self.eval_loader.close()
 
 
-def build_feeds(parts: Parts, dataset: Dataset, session: Session, progress: Progress) -> Feeds:
+def build_feeds(parts: Parts, dataset: Dataset, session: Session) -> Feeds:
     """Loaders over both parts of the data set. Raises UserError where the loader asked for does not work."""
     config, plan = parts.config, parts.plan
 

@@ -23,7 +23,7 @@ from hpctrain.train.resume import check_model, find_checkpoint, load_together
 from hpctrain.train.run import train
 from hpctrain.train.rundir import RunDirectory, default_run_dir
 from hpctrain.train.session import Session, open_session
-from hpctrain.train.state import Evaluation, Progress
+from hpctrain.train.state import Evaluation
 
 #: what Slurm leaves the ranks of a job that it ends, between SIGTERM and SIGKILL, as it comes
 KILL_WAIT_S = 30.0
@@ -84,7 +84,7 @@ def evaluate_checkpoint(config: Config, session: Session, folder: Path) -> Evalu
     parts.model.load_state_dict(checkpoint.tensors["model"])
     if parts.ema is not None:
         parts.ema.load_state_dict(checkpoint.tensors["ema"])
-    feeds = build_feeds(parts, dataset, session, Progress())
+    feeds = build_feeds(parts, dataset, session)
     try:
         return feeds.evaluate()
     finally:

@@ -56,7 +56,7 @@ def train(
     checkpoint = choose_checkpoint(comm, run.checkpoints, resume, passed_over.append)
     progress = Progress() if checkpoint is None else restore(parts, checkpoint)
     on_rank_zero(comm, lambda: write_atomic(run.config, dump_config(config).encode()))
-    feeds = build_feeds(parts, dataset, session, progress)
+    feeds = build_feeds(parts, dataset, session)
     display = make_display(comm.rank == 0, epochs=plan.epochs, total_steps=plan.total_steps, first_step=progress.step)
     sinks = open_sinks(config, run, progress) if comm.rank == 0 else []
     journal = Journal(parts, feeds, display, sinks, run.path)

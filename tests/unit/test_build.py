@@ -19,11 +19,11 @@ from tests.unit.fake_group import FakeCommunicator, run_group
 from tests.unit.small_runs import alone, parts_of, plan_of, recipe, session_of
 
 
-def feeds_of(progress: Progress, **sections: Any) -> Feeds:
+def feeds_of(**sections: Any) -> Feeds:
     config, session = recipe(**sections), session_of(alone())
     dataset = open_data(session.comm, config)
     plan = plan_for(config, dataset, session.comm.topology)
-    return build_feeds(build_parts(config, plan, session), dataset, session, progress)
+    return build_feeds(build_parts(config, plan, session), dataset, session)
 
 
 def test_initial_weights_are_a_function_of_the_seed() -> None:
@@ -74,15 +74,15 @@ def test_buckets_have_the_size_asked_for() -> None:
 
 
 def test_batches_begin_where_the_progress_stands() -> None:
-    whole = [batch.request.sample_ids.tolist() for batch in feeds_of(Progress()).train_batches(Progress())]
+    whole = [batch.request.sample_ids.tolist() for batch in feeds_of().train_batches(Progress())]
     assert len(whole) == 4 * 12
     later = Progress(step=15, epoch=1, position=24)
-    rest = [batch.request.sample_ids.tolist() for batch in feeds_of(later).train_batches(later)]
+    rest = [batch.request.sample_ids.tolist() for batch in feeds_of().train_batches(later)]
     assert rest == whole[15:]
 
 
 def test_evaluation_judges_the_average_and_gives_the_parameters_back() -> None:
-    feeds = feeds_of(Progress(), train={"ema_decay": 0.5})
+    feeds = feeds_of(train={"ema_decay": 0.5})
     parts = feeds.parts
     assert parts.ema is not None
     average = feeds.evaluate()
@@ -103,8 +103,8 @@ def test_threads_default_to_the_cores_of_the_rank(monkeypatch: pytest.MonkeyPatc
         return make(config, index, **options)
 
     monkeypatch.setattr(build, "make_loader", noting)
-    feeds_of(Progress(), data={"threads": None})
-    feeds_of(Progress(), data={"threads": 5})
+    feeds_of(data={"threads": None})
+    feeds_of(data={"threads": 5})
     assert asked == [(1, 8), (1, 8), (5, 8), (5, 8)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -144,6 +145,11 @@ def test_hosts_settle_the_places(hosts: list[str]) -> None:
         assert found.num_nodes == len(set(hosts))
         assert 0 <= found.local_rank < found.local_size
     assert placed[0].node_rank == 0
+
+
+def test_a_group_counts_its_own_ranks_on_the_jobs_nodes() -> None:
+    whole = Topology(rank=5, world_size=8, local_rank=1, local_size=4, node_rank=1, num_nodes=2, host="n1")
+    assert whole.within([1, 5, 7]) == replace(whole, rank=1, world_size=3)
 
 
 def test_a_launchers_own_local_rank_is_kept() -> None:
