@@ -97,11 +97,6 @@ class Turns:
             raise Stopped(self._reason)
         self._begun += 1
 
-    @property
-    def holds(self) -> bool:
-        """Whether ``begin`` would wait now."""
-        return self._promised and not self._agreed.is_set()
-
     def exchange(self) -> bool:
         """One round on the board; whether there is nothing left to say."""
         reason = self._board.proposal()

@@ -62,7 +62,7 @@ class Rank:
                 return False
             self.finished += 1
             return True
-        if self.turns.holds:
+        if self.turns._promised and not self.turns._agreed.is_set():  # begin would wait
             return False
         try:
             self.turns.begin()
