@@ -42,15 +42,15 @@ def test_daemons_and_drains_do_not_touch_the_job(slurm: Slurm, start: Start, fin
     disk = SlowDisk(slurm, "daemons")
     training = start(env=disk.env)
     disk.hold()
-    slurm.signal_daemon("n2", "slurmd", "KILL")
     slurm.scontrol(["update", "nodename=n1", "state=drain", "reason=test"])
-    assert slurm.node_states()["n1"] == "draining"
+    slurm.await_nodes("draining", ["n1"])
+    slurm.scontrol(["update", "nodename=n1", "state=resume"])
+    slurm.signal_daemon("n2", "slurmd", "KILL")
     slurm.stop_controller()
     slurm.start_controller()
     disk.release()
     training.wait_for_step(12)
     slurm.start_slurmd("n2")
-    slurm.scontrol(["update", "nodename=n1", "state=resume"])
     finishes(training)
     assert training.job.restarts == 0
     slurm.await_nodes("idle", slurm.names)
