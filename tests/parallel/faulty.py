@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import time
 
 import torch
@@ -18,6 +19,7 @@ from hpctrain.errors import MachineError, UserError
 from hpctrain.topology.ranks import detect
 
 FAULTY_STEP = 3
+SUSPENDED_S = 15
 
 
 def misbehave(fault: str) -> None:
@@ -39,6 +41,13 @@ def misbehave(fault: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def suspend() -> None:
+    """Stand still, as in a job that Slurm suspends: all ranks do, and go on."""
+    me = os.getpid()
+    others = subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {me}; sleep {SUSPENDED_S}; kill -CONT {me}"])
+    others.wait()
+
+
 def run(comm: Communicator, watch: Watch, fault: str, rank: int, steps: int) -> None:
     if fault == "startup-sleep" and comm.rank == rank:
         time.sleep(1000)
@@ -49,6 +58,8 @@ def run(comm: Communicator, watch: Watch, fault: str, rank: int, steps: int) -> 
             on_rank_zero(comm, lambda: misbehave("user-error"))
         if step == FAULTY_STEP and fault == "same-everywhere":
             misbehave("raise")
+        if step == FAULTY_STEP and fault == "suspend":
+            suspend()
         if step == FAULTY_STEP and comm.rank == rank:
             misbehave(fault)
         watch.beat(step, "exchange")

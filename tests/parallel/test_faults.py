@@ -87,6 +87,13 @@ def test_a_stopped_rank_0_is_known_though_it_keeps_the_channel() -> None:
     assert re.search(pattern, run.output), run.output
 
 
+@pytest.mark.parametrize(("engine", "launcher"), [("mpi", "mpirun"), ("torch", "torchrun")])
+def test_a_job_that_is_suspended_for_longer_than_its_limit_goes_on(engine: str, launcher: str) -> None:
+    run = run_faulty(engine, launcher, "suspend", timeout_s=8)
+    assert run.returncode == 0 and run.output.count("came to a good end") == 2, run.output[-6000:]
+    assert "no progress" not in run.output
+
+
 def test_the_startup_limit_is_the_one_named_before_the_first_step() -> None:
     run = run_faulty("torch", "torchrun", "startup-sleep", timeout_s=5)
     assert "all 2 ranks" not in run.output
