@@ -5,8 +5,8 @@
 #
 # /archives holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, as image-net.org
 # gives them to those who have agreed to its terms. 150 GB are read and written. Stopped by its time limit or otherwise,
-# it goes on where it was when it is submitted again. Runs without Slurm as well. HPCTRAIN_SITE gives modules and
-# environment, as for train.sbatch.
+# it goes on where it was when it is submitted again. Runs without Slurm as well. HPCTRAIN_SITE gives modules,
+# environment and container, as for train.sbatch.
 # Run on small archives of the same form. Not yet run: ImageNet itself, modules, Apptainer.
 #SBATCH --job-name=prepare-imagenet
 #SBATCH --requeue
