@@ -25,16 +25,20 @@ export SLURM_EXPORT_ENV=ALL
 load_site() {
     if [[ -n ${HPCTRAIN_SITE:-} ]]; then
         [[ -r $HPCTRAIN_SITE ]] || fail "the site file $HPCTRAIN_SITE cannot be read on node $(hostname)"
-        local told
+        local told key
+        local -A given=()
         # Tried apart: at a variable that is not set bash would end this script.
         # shellcheck source=/dev/null
         if ! told=$({ source "$HPCTRAIN_SITE"; } 2>&1); then
             fail "the site file $HPCTRAIN_SITE does not work on node $(hostname) (${told#"$HPCTRAIN_SITE: "}): \
 correct that line, or export what it uses where you submit"
         fi
+        for key in "${!HPCTRAIN_@}"; do given[$key]=${!key}; done
         set -a
         # shellcheck source=/dev/null
         source "$HPCTRAIN_SITE"
+        # A key without a value is one that the file does not give: what was exported for this job stands.
+        for key in "${!given[@]}"; do [[ -n ${!key} ]] || printf -v "$key" %s "${given[$key]}"; done
         set +a
     fi
     [[ -z ${HPCTRAIN_MODULES:-} ]] || load_modules

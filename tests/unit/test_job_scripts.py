@@ -212,6 +212,17 @@ def test_the_site_file_reaches_ranks_and_script(job: Path) -> None:
     assert argv[-1] == "all runs/small-30077"
 
 
+def test_a_key_without_a_value_leaves_what_was_exported_for_the_job(job: Path) -> None:
+    site = job / "site.env"
+    site.write_text("HPCTRAIN_RUNS=\nHPCTRAIN_ENGINE=torch\nHPCTRAIN_SCRATCH=\n")
+    exported = {"HPCTRAIN_SITE": str(site), "HPCTRAIN_RUNS": "my runs", "HPCTRAIN_ENGINE": "mpi"}
+    assert run(job, "small.yaml", **exported).returncode == 0
+    argv = recorded(job, "srun").calls[-1]
+    assert argv[-1] == "my runs/small-30077"
+    assert "comm.engine=torch" in argv
+    assert recorded(job, "srun").environ["HPCTRAIN_RUNS"] == "my runs"
+
+
 AWKWARD = "a 'b' \"c\" $(touch boo) `touch boo`\n$HOME \\ ; * #"
 
 
