@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -69,6 +70,8 @@ def requeue(
     from hpctrain.launch.requeue import requeue as start_again
 
     launch = load_config(config, overrides or []).launch
+    # Slurm ends this start by TERM as soon as it has agreed to the next one: what was done is told nevertheless.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     typer.echo(f"hpctrain: {start_again(launch, os.environ, run_dir, status)}")
 
 

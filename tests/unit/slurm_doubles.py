@@ -33,15 +33,21 @@ class Calls:
 
 
 class Double(Calls):
-    """A program ``name`` in ``folder``. ``stdout`` and ``stderr`` are what it says, ``status`` how it leaves."""
+    """A program ``name`` in ``folder``. ``stdout`` and ``stderr`` are what it says, ``status`` how it leaves.
 
-    def __init__(self, folder: Path, name: str, stdout: str = "", stderr: str = "", status: int = 0) -> None:
+    ``then`` is a line of bash that comes between the two.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, stdout: str = "", stderr: str = "", status: int = 0, then: str = ""
+    ) -> None:
         super().__init__(folder, name)
         script = f"""#!/bin/bash
 printf '%s\\0' "$@" '' >>{shlex.quote(str(self._called))}
 env -0 >{shlex.quote(str(self._environment))}
 printf %s {shlex.quote(stdout)}
 printf %s {shlex.quote(stderr)} >&2
+{then}
 exit {status}
 """
         path = folder / name

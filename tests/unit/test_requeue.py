@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,16 @@ def test_a_job_is_started_again(tmp_path: Path, restarts: dict[str, str], number
     told = after_preemption(environment(tmp_path, **restarts))
     assert told == f"job 77 is requeued ({number} of at most 10)"
     assert scontrol.calls == [["show", "job", "--oneliner", "77"], ["requeue", "77"]]
+
+
+def test_a_start_that_slurm_ends_at_once_tells_what_it_has_done(tmp_path: Path) -> None:
+    Double(tmp_path, "scontrol", stdout="JobId=77 Requeue=1\n", then="[[ $1 != requeue ]] || kill -s TERM $PPID")
+    config = tmp_path / "small.yaml"
+    config.write_text("model: {name: dense}\n")
+    words = [sys.executable, "-m", "hpctrain", "requeue", str(config), "--run-dir", "run", "--status", "75"]
+    env = {**environment(tmp_path), "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "hpctrain: job 77 is requeued (1 of at most 10)\n"), done.stderr
 
 
 def test_a_start_that_is_over_does_not_end_the_next_one(tmp_path: Path) -> None:
