@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -72,6 +73,13 @@ class Window(Protocol):
         """Give the memory back, as soon as nobody holds a tensor on it."""
 
 
+@dataclass(frozen=True)
+class NoWindow:
+    """Why the ranks of a group share no memory."""
+
+    reason: str
+
+
 class Communicator(ABC):
     """One group of ranks. ``topology`` tells this process's place in it."""
 
@@ -79,8 +87,6 @@ class Communicator(ABC):
     name: str
     #: what ``all_reduce_`` and ``reduce_scatter_`` can sum
     reducible: Collection[torch.dtype] = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64)
-    #: why the last ``open_window`` opened none
-    window_refusal: str = ""
 
     def __init__(self, topology: Topology, device: torch.device) -> None:
         self.topology = topology
@@ -140,16 +146,15 @@ class Communicator(ABC):
             self._subgroups[members] = self.split(members)
         return self._subgroups[members]
 
-    def open_window(self, nbytes: int) -> Window | None:
-        """A window with ``nbytes`` of memory a rank, or None on all ranks, with the reason in ``window_refusal``:
-        ranks on several hosts, buffers on a GPU, or a host that does not let processes share memory in this way.
+    def open_window(self, nbytes: int) -> Window | NoWindow:
+        """A window with ``nbytes`` of memory a rank, or on all ranks why there is none: ranks on several hosts, buffers
+        on a GPU, or a host that does not let processes share memory in this way.
 
         Collective: every rank passes the same ``nbytes``.
         """
         from hpctrain.comm.window import open_window
 
-        window, self.window_refusal = open_window(self, nbytes)
-        return window
+        return open_window(self, nbytes)
 
     @abstractmethod
     def barrier(self) -> None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from hpctrain.comm.base import Communicator, Window
+from hpctrain.comm.base import Communicator, NoWindow, Window
 from hpctrain.errors import MachineError
 
 #: Stores reach the other cores in the order of the program (Intel SDM, volume 3A, "Memory Ordering"); the streaming
@@ -32,14 +32,14 @@ _LONGEST_SLEEP_S = 200e-6
 _LIFE_CHECK_S = 1.0
 
 
-def open_window(comm: Communicator, nbytes: int) -> tuple[Window | None, str]:
-    """A window of ``nbytes`` a rank over the ranks of ``comm``, or None and the reason, the same on all. Collective.
+def open_window(comm: Communicator, nbytes: int) -> Window | NoWindow:
+    """A window of ``nbytes`` a rank over the ranks of ``comm``, or why there is none, the same on all. Collective.
 
     Raises ValueError when ranks ask for different sizes.
     """
     refusal = _first(comm, _unfit(comm, nbytes))
     if refusal:
-        return None, refusal
+        return NoWindow(refusal)
     file = None
     try:
         file = _File.create(nbytes)
@@ -58,7 +58,7 @@ def open_window(comm: Communicator, nbytes: int) -> tuple[Window | None, str]:
     if file:
         # All ranks have mapped it by now.
         os.close(file.descriptor)
-    return (None, refusal) if refusal else (SharedWindow(comm.rank, comm.topology.host, parts), "")
+    return NoWindow(refusal) if refusal else SharedWindow(comm.rank, comm.topology.host, parts)
 
 
 def _unfit(comm: Communicator, nbytes: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpctrain.comm.base import Communicator, Window
+from hpctrain.comm.base import Communicator, NoWindow, Window
 from hpctrain.gradients.central import CentralReduction
 from hpctrain.gradients.grid import GridReduction, Shape
 from hpctrain.gradients.ordered import SUMMED_BY_KERNELS, OrderedReduction
@@ -34,32 +34,34 @@ class Transport:
         self._grid = grid
         self._windows: dict[int, Window] = {}
         self.name, self.reason = requested, "asked for"
-        self.shares_memory = False
+        self.shares_memory, refusal = False, ""
         alone = comm.world_size == 1
         if requested in ("auto", "ordered") and not alone:
-            self.shares_memory = self._try_sharing()
+            refusal = self._refusal()
+            self.shares_memory = not refusal
         if requested == "auto":
-            self.name, self.reason = self._pick(alone, dtype)
+            self.name, self.reason = self._pick(alone, dtype, refusal)
         self._kind = find("reduction", REDUCTIONS, self.name)
         if self.name in ("engine", "grid") and not alone:
             # An engine that cannot sum this type says so now, not in the first step.
             comm.all_reduce_(torch.zeros(comm.world_size, dtype=dtype, device=comm.device)).wait()
 
-    def _try_sharing(self) -> bool:
+    def _refusal(self) -> str:
+        """Why the ranks share no memory, or nothing where they do."""
         window = self._comm.open_window(1)
-        if window is None:
-            return False
+        if isinstance(window, NoWindow):
+            return window.reason
         window.close()
-        return True
+        return ""
 
-    def _pick(self, alone: bool, dtype: torch.dtype) -> tuple[str, str]:
+    def _pick(self, alone: bool, dtype: torch.dtype, refusal: str) -> tuple[str, str]:
         if alone:
             return "engine", "one rank sends nothing"
         if self.shares_memory:
             return "ordered", "the ranks share the memory of one host"
         if dtype not in self._comm.reducible:
             return "ordered", f"the {self._comm.name} engine does not sum {str(dtype).removeprefix('torch.')}"
-        return "engine", f"the engine's own all-reduce: {self._comm.window_refusal}"
+        return "engine", f"the engine's own all-reduce: {refusal}"
 
     def forget(self) -> None:
         """The buffers made so far are no longer used; their reductions have given the memory back."""
@@ -69,7 +71,7 @@ class Transport:
         """Zeros [numel], in memory that all ranks see where the sum is taken there."""
         if self.shares_memory and dtype in SUMMED_BY_KERNELS:
             window = self._comm.open_window(numel * dtype.itemsize)
-            if window is not None:
+            if not isinstance(window, NoWindow):
                 buffer = window.parts[self._comm.rank].view(dtype)
                 self._windows[buffer.data_ptr()] = window
                 return buffer

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hpctrain.comm.base import Communicator, Window
+from hpctrain.comm.base import Communicator, NoWindow, Window
 
 _WINDOW_BYTES = 1 << 16
 
@@ -35,9 +35,8 @@ class Jury:
 
     def __init__(self, comm: Communicator, *, share: bool) -> None:
         self._comm = comm
-        self._window: Window | None = None
-        if share:
-            self._window = comm.open_window(_WINDOW_BYTES)
+        window = comm.open_window(_WINDOW_BYTES) if share else None
+        self._window = None if isinstance(window, NoWindow) else window
 
     def judge(self, figures: Sequence[Tensor], *, norm: bool) -> Verdict:
         """The verdict on buckets whose own figures, float64 [2] each, are ``Kernels.widen``'s. Collective."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.comm import window
-from hpctrain.comm.base import Window
+from hpctrain.comm.base import Communicator, NoWindow, Window
 from hpctrain.comm.serial import SerialCommunicator
 from hpctrain.errors import MachineError
 from hpctrain.topology.ranks import Topology
@@ -65,7 +65,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_each_rank_sees_what_all_have_posted(ranks: int) -> None:
     def work(comm: FakeCommunicator) -> None:
         shared = comm.open_window(NBYTES)
-        assert shared is not None
+        assert not isinstance(shared, NoWindow)
         for turn in range(20):
             shared.parts[comm.rank].fill_(10 * turn + comm.rank)
             shared.post()
@@ -83,7 +83,7 @@ def test_each_rank_sees_what_all_have_posted(ranks: int) -> None:
 
 def test_memory_outlives_the_window_as_long_as_a_tensor_holds_it() -> None:
     shared = alone().open_window(NBYTES)
-    assert shared is not None
+    assert not isinstance(shared, NoWindow)
     kept = shared.parts[0].view(torch.float16)
     kept.fill_(3)
     shared.close()
@@ -143,46 +143,42 @@ def test_waiting_leaves_the_core_to_others(peer: Peer, monkeypatch: pytest.Monke
     assert cpu < 0.4 * wall
 
 
+def refusal_of(comm: Communicator, nbytes: int = NBYTES) -> str:
+    found = comm.open_window(nbytes)
+    assert isinstance(found, NoWindow)
+    return found.reason
+
+
 def test_another_file_in_the_place_of_a_part_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     create = window._File.create
     monkeypatch.setattr(window._File, "create", lambda nbytes: create(nbytes)._replace(name="hpctrain-other"))
     comm = alone()
-    assert comm.open_window(NBYTES) is None
     pattern = r"rank 0 cannot see the memory of rank 0: /proc/\d+/fd/\d+ is another file"
-    assert re.fullmatch(pattern, comm.window_refusal)
+    assert re.fullmatch(pattern, refusal_of(comm))
     assert opened() == []
 
 
 def test_a_part_whose_process_is_not_to_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window.os, "getpid", lambda: 2**22 + 1)
     comm = alone()
-    assert comm.open_window(NBYTES) is None
-    assert comm.window_refusal.startswith("rank 0 cannot see the memory of rank 0: ")
+    assert refusal_of(comm).startswith("rank 0 cannot see the memory of rank 0: ")
     assert opened() == []
 
 
 def test_where_no_memory_can_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refusal(comm: FakeCommunicator) -> str:
-        assert comm.open_window(NBYTES) is None
-        return comm.window_refusal
-
-    assert run_group(3, refusal, ["tonga", "fiji", "tonga"]) == ["the ranks sit on 2 hosts"] * 3
+    assert run_group(3, refusal_of, ["tonga", "fiji", "tonga"]) == ["the ranks sit on 2 hosts"] * 3
     comm = alone()
-    assert comm.open_window(1 << 60) is None
-    assert re.fullmatch(
-        r"1 times 1099511627776 MiB do not fit in the \d+ MiB of memory that are free", comm.window_refusal
-    )
+    pattern = r"1 times 1099511627776 MiB do not fit in the \d+ MiB of memory that are free"
+    assert re.fullmatch(pattern, refusal_of(comm, 1 << 60))
     monkeypatch.delattr(os, "memfd_create")
-    assert comm.open_window(NBYTES) is None
-    assert comm.window_refusal == "Linux has no anonymous files"
+    assert refusal_of(comm) == "Linux has no anonymous files"
 
 
 def test_buffers_on_a_gpu_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     comm = alone()
     comm.device = torch.device("cuda", 0)
     monkeypatch.setattr(comm, "all_gather_object", lambda value: [value])
-    assert comm.open_window(NBYTES) is None
-    assert comm.window_refusal == "the buffers lie on a GPU"
+    assert refusal_of(comm) == "the buffers lie on a GPU"
 
 
 def test_ranks_that_disagree_on_the_size_are_stopped() -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.bench.comm.pattern import PERIOD, Pattern, Wrong, sent_by, summand, total
-from hpctrain.comm.base import Communicator
+from hpctrain.comm.base import Communicator, NoWindow
 from hpctrain.errors import UserError
 from hpctrain.gradients.reduction import Reduction, reduce_
 from hpctrain.gradients.registry import REDUCTIONS
@@ -177,8 +177,8 @@ class AllReduce(Operation):
 def _shared_reduction(comm: Communicator, like: Tensor) -> Reduction:
     """The ordered sum in memory that all ranks see. Raises UserError where they see none."""
     window = comm.open_window(like.nbytes)
-    if window is None:
-        raise UserError(f"the ranks share no memory: {comm.window_refusal}")
+    if isinstance(window, NoWindow):
+        raise UserError(f"the ranks share no memory: {window.reason}")
     return SharedReduction(comm, window, window.parts[comm.rank].view(like.dtype), kernels_for(comm.device))
 
 
