@@ -41,8 +41,8 @@ from tests.cluster.training import (
 from tests.needs import needs
 
 STEPS = 100
-#: how often a checkpoint is flushed: two files of tensors, its manifest, its folder, and the folder of all
-FLUSHES = 5
+#: how often a checkpoint is flushed before it gets its name: two files of tensors, its manifest, its folder
+FLUSHES = 4
 LATE_S = 15
 #: exit statuses of a job that no fault of a machine has
 NO_FAULT = (0, 2, PREEMPTED)
@@ -118,7 +118,7 @@ def newest_step(training: Training) -> int:
 
 
 def stopped_by_its_time_limit(stage: Stage) -> None:
-    """Each checkpoint takes five seconds, far longer than the steps between two."""
+    """Each checkpoint takes four seconds, far longer than the steps between two."""
     margin_s, disk = 118, SlowDisk(stage.slurm, "limited")
     disk.delay_s(1)
     overrides = (f"launch.margin_s={margin_s}",)

@@ -81,6 +81,7 @@ def test_warnings_lead_to_as_many_requeues_as_are_allowed(slurm: Slurm, start: S
     training.job.signal("USR1", batch=True)
     assert (training.job.wait(60), training.job.exit_code) == ("FAILED", PREEMPTED), training.job.output
     assert "has been started again 1 times already (launch.max_requeues=1)" in training.job.output
+    slurm.await_nodes("idle", training.job.nodes)
     training.job.requeue()
     finishes(training)
     launch = training.record()["launch"]

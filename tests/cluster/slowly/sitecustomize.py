@@ -1,5 +1,5 @@
-"""A slow disk, for every Python that has this folder on its path: what is flushed below `checkpoints` takes at least as
-many seconds as the file HPCTRAIN_TEST_DELAY says meanwhile."""
+"""A slow disk, for every Python that has this folder on its path: what is flushed of a checkpoint that has not got its
+name yet takes at least as many seconds as the file HPCTRAIN_TEST_DELAY says meanwhile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _flush = os.fsync
 
 
 def _flush_slowly(descriptor: int) -> None:
-    if "/checkpoints" in os.readlink(f"/proc/self/fd/{descriptor}"):
+    if "/checkpoints/.step-" in os.readlink(f"/proc/self/fd/{descriptor}"):
         began = time.monotonic()
         while time.monotonic() - began < float(Path(os.environ["HPCTRAIN_TEST_DELAY"]).read_text()):
             time.sleep(0.05)
