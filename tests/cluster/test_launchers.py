@@ -1,4 +1,5 @@
-"""Ranks that mpirun and horovodrun start in an allocation, a task a node: each engine trains as on one machine."""
+"""Ranks that mpirun and horovodrun start, or Horovod over Gloo by srun, one per node: each engine trains as on one
+machine."""
 
 from __future__ import annotations
 
@@ -8,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import Slurm
-from tests.cluster.training import LIMIT_S, Training, assert_same_as_alone, digits_config, traffic_of, train_alone
+from tests.cluster.training import (
+    LIMIT_S,
+    Training,
+    assert_same_as_alone,
+    digits_config,
+    submit,
+    traffic_of,
+    train_alone,
+)
 from tests.needs import needs
 
 NODES, STEPS = 4, 12
@@ -53,3 +62,10 @@ def test_launched_in_an_allocation(slurm: Slurm, config: Path, alone: Path, laun
     before = traffic_of(slurm)
     job = slurm.sbatch([f"--nodes={NODES}", "--ntasks-per-node=1", "--cpus-per-task=2", str(script)])
     assert_same_as_alone(slurm, Training(job, run), alone, before)
+
+
+def test_horovod_without_mpi_by_the_shipped_script(slurm: Slurm, config: Path, alone: Path) -> None:
+    """Rank 0 starts Horovod's rendezvous."""
+    before = traffic_of(slurm)
+    training = submit(slurm, config, nodes=NODES, tasks=1, env={"HPCTRAIN_ENGINE": "horovod", "HPCTRAIN_MPI": "none"})
+    assert_same_as_alone(slurm, training, alone, before)

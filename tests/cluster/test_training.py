@@ -34,9 +34,7 @@ def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_alone(config, tmp_path_factory.mktemp("alone") / "run", NODES * TASKS)
 
 
-@pytest.mark.parametrize(
-    ("engine", "mpi"), [("mpi", "pmix"), ("horovod", "pmix"), ("horovod", "none"), ("torch", "none")]
-)
+@pytest.mark.parametrize(("engine", "mpi"), [("mpi", "pmix"), ("horovod", "pmix"), ("torch", "none")])
 def test_srun_by_the_shipped_script(slurm: Slurm, config: Path, alone: Path, engine: str, mpi: str) -> None:
     before = traffic_of(slurm)
     env = {"HPCTRAIN_ENGINE": engine, "HPCTRAIN_MPI": mpi}
