@@ -88,7 +88,7 @@ def test_srun_starts_ranks_of_the_environment(slurm: Slurm) -> None:
 
 
 def test_mpirun_over_ssh(slurm: Slurm) -> None:
-    """In an allocation, whose launcher it would take by itself: test_launchers.py."""
+    """In an allocation, whose launcher it would take by itself: engines/test_launchers.py."""
     needs("mpi4py")
     folder = slurm.shared / "mpirun-over-ssh"
     folder.mkdir()

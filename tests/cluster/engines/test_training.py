@@ -10,28 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.engines.conftest import NODES
 from tests.cluster.slurm import Slurm
-from tests.cluster.training import LIMIT_S, ROOT, assert_same_as_alone, digits_config, submit, traffic_of, train_alone
-from tests.needs import needs
+from tests.cluster.training import LIMIT_S, ROOT, assert_same_as_alone, submit, traffic_of
 
-NODES, TASKS, STEPS = 4, 2, 12
+TASKS = 2
 
 pytestmark = pytest.mark.timeout(1.5 * LIMIT_S)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _modules() -> None:
-    needs("sklearn", "nvidia.dali", "mpi4py", "horovod")
-
-
-@pytest.fixture(scope="module")
-def config(_nodes: Slurm) -> Path:
-    return digits_config(_nodes, STEPS)
-
-
-@pytest.fixture(scope="module")
-def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_alone(config, tmp_path_factory.mktemp("alone") / "run", NODES * TASKS)
 
 
 @pytest.mark.parametrize(("engine", "mpi"), [("mpi", "pmix"), ("horovod", "pmix"), ("torch", "none")])

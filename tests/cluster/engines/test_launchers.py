@@ -8,19 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.engines.conftest import NODES
 from tests.cluster.slurm import Slurm
-from tests.cluster.training import (
-    LIMIT_S,
-    Training,
-    assert_same_as_alone,
-    digits_config,
-    submit,
-    traffic_of,
-    train_alone,
-)
-from tests.needs import needs
+from tests.cluster.training import LIMIT_S, Training, assert_same_as_alone, submit, traffic_of
 
-NODES, STEPS = 4, 12
+TASKS = 1
 #: what a user types in a batch script of his own, beside what `slurm/train.sbatch` does
 MPIRUN = "mpirun --bind-to none hpctrain"
 EACH = f"-np {NODES} -H n1:1,n2:1,n3:1,n4:1 hpctrain"
@@ -37,21 +29,6 @@ LAUNCHES = {
 pytestmark = pytest.mark.timeout(1.5 * LIMIT_S)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _modules() -> None:
-    needs("sklearn", "nvidia.dali", "mpi4py", "horovod")
-
-
-@pytest.fixture(scope="module")
-def config(_nodes: Slurm) -> Path:
-    return digits_config(_nodes, STEPS)
-
-
-@pytest.fixture(scope="module")
-def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_alone(config, tmp_path_factory.mktemp("alone") / "run", NODES)
-
-
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_launched_in_an_allocation(slurm: Slurm, config: Path, alone: Path, launch: str) -> None:
     engine, command = LAUNCHES[launch]
@@ -60,12 +37,14 @@ def test_launched_in_an_allocation(slurm: Slurm, config: Path, alone: Path, laun
     script = slurm.shared / f"{launch}.sh"
     script.write_text(f"#!/bin/bash\n{command} {shlex.join(words)}\n")
     before = traffic_of(slurm)
-    job = slurm.sbatch([f"--nodes={NODES}", "--ntasks-per-node=1", "--cpus-per-task=2", str(script)])
+    job = slurm.sbatch([f"--nodes={NODES}", f"--ntasks-per-node={TASKS}", "--cpus-per-task=2", str(script)])
     assert_same_as_alone(slurm, Training(job, run), alone, before)
 
 
 def test_horovod_without_mpi_by_the_shipped_script(slurm: Slurm, config: Path, alone: Path) -> None:
     """Rank 0 starts Horovod's rendezvous."""
     before = traffic_of(slurm)
-    training = submit(slurm, config, nodes=NODES, tasks=1, env={"HPCTRAIN_ENGINE": "horovod", "HPCTRAIN_MPI": "none"})
+    training = submit(
+        slurm, config, nodes=NODES, tasks=TASKS, env={"HPCTRAIN_ENGINE": "horovod", "HPCTRAIN_MPI": "none"}
+    )
     assert_same_as_alone(slurm, training, alone, before)
