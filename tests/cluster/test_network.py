@@ -21,8 +21,11 @@ def test_half_the_bytes_in_fp16(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.network", *options], cwd=ROOT, capture_output=True, text=True, timeout=280
     )
-    assert done.returncode == 0, done.stderr
+    assert path.exists(), done.stderr
     record = json.loads(path.read_text())
+    # Two exchanges beside other tests' jobs tell nothing of the time; what the record says of it is what the run says.
+    assert done.returncode == (0 if record["passed"] else 1), done.stderr
+    assert record["sentence"] in done.stdout
     rows = {(row["competitor"], row["compression"]): row for row in record["rows"]}
     assert set(rows) == {(name, wire) for name in ("hpctrain_torch", "ddp") for wire in ("none", "fp16")}
     # Relative to the ring's bytes in the format that was asked for.
