@@ -112,9 +112,9 @@ for ((repeat = 1; repeat <= repeats; repeat++)); do
             echo "repeat $repeat: ${told%%$'\n\n# '*}"
             continue
         fi
-        told=$("${submit[@]}") || cancel
-        [[ $told =~ ^job\ +([0-9]+).run\ directory\ +([^$'\n']+) ]] || cancel # the first two lines
-        submitted+=("${BASH_REMATCH[1]}") runs+=("${BASH_REMATCH[2]}")
+        told=$("${submit[@]}" --parsable) || cancel
+        { read -r job && IFS= read -r run; } <<<"$told"
+        submitted+=("$job") runs+=("$run")
         echo "job ${submitted[-1]}: $count workers, $batch samples each, repeat $repeat: ${runs[-1]}"
     done <<<"$plan"
 done

@@ -36,6 +36,9 @@ def submit(
     ] = None,
     job_name: Annotated[str | None, typer.Option(metavar="NAME", help="default: that of the configuration")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the sbatch line and its script, and stop")] = False,
+    parsable: Annotated[
+        bool, typer.Option("--parsable", help="print job id, run directory and log alone, a line each, for scripts")
+    ] = False,
 ) -> None:
     """Submit the training of CONFIG as a Slurm job, by the script slurm/train.sbatch.
 
@@ -50,7 +53,11 @@ def submit(
 
     request = Request(nodes, gpus_per_node, tasks_per_node, engine, array, time_limit, job_name, tuple(more or ()))
     submission = prepare(config, overrides or [], request, site, os.environ)
-    typer.echo(submission.text() if dry_run else submit_job(submission, os.environ))
+    if dry_run:
+        typer.echo(submission.text())
+        return
+    job = submit_job(submission, os.environ)
+    typer.echo(job.lines() if parsable else job.text())
 
 
 def requeue(

@@ -96,8 +96,29 @@ def prepare(
     )
 
 
-def submit(submission: Submission, environ: Mapping[str, str]) -> str:
-    """Submit it, and what the user wants to know next, as text. Raises UserError where Slurm refuses."""
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A job that Slurm has taken. Both paths are absolute, unless HPCTRAIN_RUN_DIR gave a relative one."""
+
+    id: str
+    run_dir: str
+    log: str
+
+    def text(self) -> str:
+        """What the user wants to know next."""
+        return (
+            f"job            {self.id}\nrun directory  {self.run_dir}\nlog            {self.log}\n"
+            f"follow         tail -F {shlex.quote(self.log)}\nstate          squeue --job {self.id}\n"
+            f"end it         scancel {self.id}"
+        )
+
+    def lines(self) -> str:
+        """What a script reads: the job's id, the run directory, the log; a line each, with nothing around them."""
+        return f"{self.id}\n{self.run_dir}\n{self.log}"
+
+
+def submit(submission: Submission, environ: Mapping[str, str]) -> SubmittedJob:
+    """Submit it. Raises UserError where Slurm refuses."""
     try:
         submission.runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -114,13 +135,10 @@ def submit(submission: Submission, environ: Mapping[str, str]) -> str:
     # With several clusters it is id;cluster.
     job = told.strip().partition(";")[0]
     ids = {"%j": job, "%A": job, "%a": submission.first_task, "%%": "%"}
-    log, run_dir = (
-        re.sub("%[jAa%]", lambda found: ids[found[0]], path) for path in (submission.log, submission.run_dir)
+    run_dir, log = (
+        re.sub("%[jAa%]", lambda found: ids[found[0]], path) for path in (submission.run_dir, submission.log)
     )
-    return (
-        f"job            {job}\nrun directory  {run_dir}\nlog            {log}\n"
-        f"follow         tail -F {shlex.quote(log)}\nstate          squeue --job {job}\nend it         scancel {job}"
-    )
+    return SubmittedJob(job, run_dir, log)
 
 
 def _refuse_outer_allocation(environ: Mapping[str, str]) -> None:

@@ -57,7 +57,7 @@ def prepared(
 def told_of(here: Path, submission: Submission, job: str) -> str:
     """What is said when Slurm has taken it as ``job``."""
     Double(here / "bin", "sbatch", stdout=f"{job}\n")
-    return submit(submission, os.environ)
+    return submit(submission, os.environ).text()
 
 
 def refusal(request: Request, *overrides: str, site: str | None = "gpu.env", **environ: str) -> str:
@@ -295,14 +295,15 @@ def test_awkward_words_arrive_as_they_are(
     override = "data.path=" + _yaml(value)
     request = Request(2, job_name=name, more=(f"--comment={comment}",))
     submission = prepare(config, [override], request, site, environ)
-    told = submit(submission, environ)
+    job = submit(submission, environ)
     (argv,) = sbatch.calls
     assert argv == list(submission.argv[1:])
     assert f"--job-name={name}" in argv
     assert argv[-5:] == [f"--comment={comment}", str(CHECKOUT / "slurm/train.sbatch"), str(config), "--set", override]
     assert sbatch.environ["HPCTRAIN_SITE"] == str(site)
-    assert f"run directory  {folder}/all runs/{stem}-4242\n" in told
-    assert "squeue --job 4242\n" in told
+    assert job.id == "4242"
+    assert job.run_dir == f"{folder}/all runs/{stem}-4242"
+    assert f"run directory  {job.run_dir}\n" in job.text() and "squeue --job 4242\n" in job.text()
     assert sorted(path.name for path in folder.iterdir() if path.suffix == "") == ["all runs", "sbatch"]
 
 
@@ -331,6 +332,19 @@ def test_a_dry_run_can_be_pasted_into_a_shell(
     assert {"--exclude=n3", "--comment=c 'd'\n$(touch boo)"} < set(argv)
     assert sbatch.environ["HPCTRAIN_HOME"] == str(CHECKOUT)
     assert not (here / "boo").exists()
+
+
+def test_what_scripts_read_stands_alone(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Double(here / "bin", "sbatch", stdout="4242;cluster\n")
+    monkeypatch.setattr(
+        sys, "argv", ["hpctrain", "submit", "small.yaml", "--nodes", "2", "--site", "gpu.env", "--parsable"]
+    )
+    with pytest.raises(SystemExit) as leave:
+        main()
+    assert not leave.value.code
+    assert capsys.readouterr().out == f"4242\n{here}/runs/small-4242\n{here}/runs/small-4242.log\n"
 
 
 def test_it_takes_no_time_and_no_torch(here: Path) -> None:
