@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hpctrain.comm.side_channel import Heartbeat
 from hpctrain.topology.phases import PHASES
+from hpctrain.topology.voice import listed
 
 _MOST_NAMED = 4
 
@@ -46,10 +47,8 @@ def describe(verdict: Verdict, waited_s: float, option: str) -> str:
 
 
 def _names(beats: Sequence[Heartbeat]) -> str:
-    names = [f"rank {beat.rank} (host {beat.host})" for beat in beats[:_MOST_NAMED]]
-    if len(beats) > _MOST_NAMED:
-        names.append(f"{len(beats) - _MOST_NAMED} more")
-    return ", ".join(names) + (" is" if len(beats) == 1 else " are")
+    names = listed([f"rank {beat.rank} (host {beat.host})" for beat in beats], _MOST_NAMED)
+    return f"{names} {'is' if len(beats) == 1 else 'are'}"
 
 
 def _verdict(beats: Sequence[Heartbeat], late: Sequence[int], *, silent: bool) -> Verdict:

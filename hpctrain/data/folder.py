@@ -20,12 +20,14 @@ from hpctrain.data.header import IMAGE_SUFFIXES, BadPicture, Header, is_image_na
 from hpctrain.data.index import RECORD
 from hpctrain.data.progress import Progress
 from hpctrain.errors import MachineError, UserError
+from hpctrain.topology.voice import listed
 
 SPLITS = ("train", "val")
 
 #: Threads of a scan. It waits for the file system; the work of Python itself is 0.1 ms a picture.
 SCAN_THREADS = 16
 _SCAN_CHUNK = 256
+_MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def check_same_classes(train: Iterable[str], val: Iterable[str], source: str) ->
     """Raise UserError unless both parts have the same classes."""
     missing, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
     if missing or extra:
-        which = f"lacks {_some(missing)}" if missing else f"has {_some(extra)} beside those of train"
+        names = listed(missing or extra, _MOST_NAMED)
+        which = f"lacks {names}" if missing else f"has {names} beside those of train"
         raise UserError(f"the val part of {source} {which}: both parts must have the same classes")
 
 
@@ -158,7 +161,3 @@ def _pictures(folder: Path) -> list[str]:
         endings = ", ".join(IMAGE_SUFFIXES)
         raise UserError(f"the class folder {folder} holds no pictures ({endings}): fill it or remove it")
     return [os.path.join(folder, name) for name in names]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from hpctrain.doctor.clocks import Reading, certain_difference_s
 from hpctrain.doctor.place import RankPlace
+from hpctrain.topology.voice import listed
 
 _CLOCKS_APART_S = 1.0
 _MOST_NAMED = 4
@@ -121,6 +122,4 @@ def _cores(host: str, places: Sequence[RankPlace]) -> Iterator[str]:
 
 
 def _some(names: Sequence[object]) -> str:
-    """The first few, and how many more."""
-    listed = ", ".join(map(str, names[:_MOST_NAMED]))
-    return listed + (f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else "")
+    return listed(names, _MOST_NAMED)

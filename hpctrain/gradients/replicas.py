@@ -17,6 +17,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.errors import MachineError
 from hpctrain.gradients.ordered import OrderedReduction
 from hpctrain.gradients.reduction import reduce_
+from hpctrain.topology.voice import listed
 
 #: Bounds the temporary memory of a broadcast.
 _BROADCAST_BYTES = 64 << 20
@@ -134,6 +135,5 @@ def _groups(tensors: Sequence[Tensor], limit_bytes: int) -> Iterator[list[Tensor
 
 
 def _places(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    named = ", ".join(f"{rank} ({hosts[rank]})" for rank in ranks[:_NAMED_RANKS])
-    more = f" and {len(ranks) - _NAMED_RANKS} more" if len(ranks) > _NAMED_RANKS else ""
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {named}{more}"
+    named = listed([f"{rank} ({hosts[rank]})" for rank in ranks], _NAMED_RANKS)
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {named}"

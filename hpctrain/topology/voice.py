@@ -1,10 +1,10 @@
-"""Who tells of an error while the ranks cannot talk to each other yet, and in what words."""
+"""The words of error messages that parts share, and who tells of an error while ranks cannot talk to each other yet."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from hpctrain.errors import HpctrainError, UserError
 from hpctrain.topology.ranks import Topology, detect
@@ -17,6 +17,12 @@ _PRECEDENCE_S = 3.0
 def sentence(error: HpctrainError) -> str:
     """How the command line prints an error that needs no traceback."""
     return f"hpctrain: {error}"
+
+
+def listed(names: Sequence[object], most: int) -> str:
+    """The first ``most`` names, and how many more there are."""
+    first = ", ".join(map(str, names[:most]))
+    return f"{first} and {len(names) - most} more" if len(names) > most else first
 
 
 def report_early(error: HpctrainError, environ: Mapping[str, str]) -> int:

@@ -9,7 +9,7 @@ import pytest
 from hpctrain.comm.checks import faults, require_same_world
 from hpctrain.errors import MachineError, UserError
 from hpctrain.topology.ranks import Topology
-from hpctrain.topology.voice import report_early
+from hpctrain.topology.voice import listed, report_early
 
 PLACE = Topology(rank=2, world_size=4, host="n7", launcher="srun")
 
@@ -56,3 +56,8 @@ def test_an_early_error_is_printed_by_rank_0_first(
         f"[rank 1 on host {host}] hpctrain: disk full",
         "hpctrain: bad",
     ]
+
+
+def test_of_many_names_the_first_are_listed_and_the_others_counted() -> None:
+    assert listed(["n0", "n1"], 2) == "n0, n1"
+    assert listed([0, 1, 2, 3, 4], 2) == "0, 1 and 3 more"

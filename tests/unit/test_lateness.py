@@ -65,7 +65,7 @@ def test_ranks_that_all_stand_alike_are_not_accused() -> None:
 def test_many_late_ranks_are_counted() -> None:
     now = [beat(rank, 7, "data" if rank < 6 else "exchange") for rank in range(8)]
     text = judge(earlier(now), now)
-    assert "rank 3 (host n3), 2 more are late: step 7, phase data" in text
+    assert "rank 3 (host n3) and 2 more are late: step 7, phase data" in text
     assert "rank 4" not in text
 
 
