@@ -4,7 +4,7 @@
 #
 #   load_site             the site file that HPCTRAIN_SITE names, and the modules of HPCTRAIN_MODULES
 #   enter_environment     the virtual environment HPCTRAIN_VENV
-#   count_ranks           sets gpus and tasks of a node, cores of a task, and ranks, which tells srun to start them
+#   count_ranks           sets gpus and tasks of a node, cpus of a task, and rank_options, by which srun starts a rank for each
 #   choose_meeting_place  exports MASTER_ADDR and MASTER_PORT
 #   enter_container       sets inside, the words before a command that is to run in HPCTRAIN_CONTAINER
 #
@@ -37,8 +37,8 @@ correct that line, or export what it uses where you submit"
         set -a
         # shellcheck source=/dev/null
         source "$HPCTRAIN_SITE"
-        # A key without a value is one that the file does not give: what was exported for this job stands.
-        for key in "${!given[@]}"; do [[ -n ${!key} ]] || printf -v "$key" %s "${given[$key]}"; done
+        # What was exported for this job comes before the file; an empty value is none, there as here.
+        for key in "${!given[@]}"; do [[ -z ${given[$key]} ]] || printf -v "$key" %s "${given[$key]}"; done
         set +a
     fi
     [[ -z ${HPCTRAIN_MODULES:-} ]] || load_modules
@@ -101,16 +101,17 @@ count_ranks() {
         fail "tasks and GPUs differ, $tasks and $gpus a node: submit with --ntasks-per-node=$gpus, or ask for $tasks GPUs"
     ((gpus > 0 || ${HPCTRAIN_GPUS_PER_NODE:-0} == 0)) ||
         fail "this job has no GPUs, but the nodes of this site have $HPCTRAIN_GPUS_PER_NODE: add --gres=gpu:$HPCTRAIN_GPUS_PER_NODE"
-    cores=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / tasks))}
-    ((cores >= 1 && cores * tasks <= SLURM_CPUS_ON_NODE)) ||
-        fail "$tasks ranks of $cores cores do not fit the $SLURM_CPUS_ON_NODE cores that this job has of a node: \
+    # What Slurm counts as a CPU: a hardware thread, where cores have two.
+    cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / tasks))}
+    ((cpus >= 1 && cpus * tasks <= SLURM_CPUS_ON_NODE)) ||
+        fail "$tasks ranks of $cpus CPUs do not fit the $SLURM_CPUS_ON_NODE that this job has of a node: \
 correct --cpus-per-task, and unset SLURM_CPUS_PER_TASK where you submit"
 
-    # Slurm from 22.05 on gives a step no cores by itself.
-    ranks=(--nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" --distribution=block
-        --cpus-per-task="$cores" --mpi="$mpi")
+    # Slurm from 22.05 on gives a step no CPUs by itself.
+    rank_options=(--nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" --distribution=block
+        --cpus-per-task="$cpus" --mpi="$mpi")
     # Every rank sees all GPUs of its node and takes its own: peers that cannot see each other cannot copy directly.
-    ((gpus == 0)) || ranks+=(--gpu-bind=none)
+    ((gpus == 0)) || rank_options+=(--gpu-bind=none)
     # Open MPI of a virtual environment does not know Slurm's way to prove who is who, and says so on a page of text.
     export PMIX_MCA_psec=${PMIX_MCA_psec:-native}
 }

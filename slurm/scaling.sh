@@ -11,7 +11,7 @@
 #   --site FILE         as for hpctrain submit (default: $HPCTRAIN_SITE)
 #   --tasks-per-node T  ranks a node, on a site without GPUs
 #   --engine E, --time T   as for hpctrain submit
-#   --out DIR           folder of the report, and of the runs where the site file names none (default: runs/scaling-…)
+#   --out DIR           folder of the runs and of the report (default: runs/scaling-…)
 #   --dry-run           print all that would be submitted
 # What stands behind -- changes the configuration, the same in all jobs. `hpctrain` must be on PATH here.
 #
@@ -62,7 +62,6 @@ done
 command -v hpctrain >/dev/null || fail "hpctrain is not on PATH: activate its environment here"
 name=${config##*/}
 out=$(realpath -m -- "${out:-runs/scaling-${name%.*}-$(date +%Y%m%d-%H%M%S)}")
-# A site file that names a folder of runs has the last word: the report is told where each run is.
 export HPCTRAIN_RUNS=$out
 
 # The words of `hpctrain submit` for a size, in the array `size_options`.
@@ -113,7 +112,7 @@ for ((repeat = 1; repeat <= repeats; repeat++)); do
             continue
         fi
         told=$("${submit[@]}" --parsable) || cancel
-        { read -r job && IFS= read -r run; } <<<"$told"
+        { read -r job && IFS= read -r run; } <<<"$told" || cancel
         submitted+=("$job") runs+=("$run")
         echo "job ${submitted[-1]}: $count workers, $batch samples each, repeat $repeat: ${runs[-1]}"
     done <<<"$plan"

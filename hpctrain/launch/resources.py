@@ -1,4 +1,4 @@
-"""What `submit` was asked for, and the nodes, ranks, cores, GPUs, memory and time that come of it on a site.
+"""What `submit` was asked for, and the nodes, ranks, CPUs, GPUs, memory and time that come of it on a site.
 
 What the site cannot give is refused here, before there is a job.
 """
@@ -30,18 +30,18 @@ class Request:
 
 
 def resources(site: Site, request: Request, config: Config) -> dict[str, str | int | None]:
-    """sbatch's options for nodes, ranks, cores, GPUs, memory and time, checked against what the site gives."""
+    """sbatch's options for nodes, ranks, CPUs, GPUs, memory and time, checked against what the site gives."""
     gpus, tasks = _gpus_and_tasks(site, request, config)
     _check_size(site, request, tasks, config)
-    cores = site.need("cores_per_node")
-    if tasks > cores:
-        raise UserError(f"{tasks} ranks a node are more than its {cores} cores ({site.path}): ask for fewer")
+    cpus = site.need("cpus_per_node")
+    if tasks > cpus:
+        raise UserError(f"{tasks} ranks a node are more than its {cpus} CPUs ({site.path}): ask for fewer")
     # With a part of a node's GPUs goes as large a part of the rest: others may use it, and rates stay comparable.
     whole = site.gpus_per_node if gpus and site.gpus_per_node else tasks
     return {
         "nodes": request.nodes,
         "ntasks-per-node": tasks,
-        "cpus-per-task": max(1, cores // whole),
+        "cpus-per-task": max(1, cpus // whole),
         "gres": f"gpu:{gpus}" if gpus and site.gres == "gres" else None,
         "gpus-per-node": gpus if gpus and site.gres == "gpus" else None,
         "mem": _share(site.memory_per_node, tasks, whole) if site.memory_per_node else None,

@@ -1,7 +1,7 @@
 """What a cluster gives and how it wants to be asked, from a site file (``slurm/sites/*.env``).
 
-The keys and their meaning are told in ``slurm/sites/template.env``. Whatever else such a file exports (NCCL's
-variables, say) reaches the job by the batch script, which sources the same file; it is not looked at here.
+The keys and their meaning are told in ``slurm/sites/template.env``; one that is exported comes before the file's, here
+as in the batch script, which sources the same file: so what else it sets (NCCL's variables, say) reaches the job.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ SITE = "HPCTRAIN_SITE"
 RUNS = "HPCTRAIN_RUNS"
 #: of one submission, to go on in a run directory that is there
 RUN_DIR = "HPCTRAIN_RUN_DIR"
-#: keys that this program does not read itself
-_PASSED_ON = ("HPCTRAIN_NCCL_",)
 _TEMPLATE = "slurm/sites/template.env tells what it means"
 
 Count = Annotated[int, Field(ge=1)]
@@ -49,7 +47,7 @@ class Site(BaseModel):
     account: str | None = None
     qos: str | None = None
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
-    cores_per_node: Count | None = None
+    cpus_per_node: Count | None = None
     memory_per_node: Memory | None = None
     max_nodes: Count | None = None
     max_time: Duration | None = None
@@ -77,18 +75,23 @@ def key_of(field: str) -> str:
 
 
 def load_site(path: Path, environ: Mapping[str, str]) -> Site:
-    """The site that ``path`` describes. Raises UserError naming file, line and remedy."""
+    """The site that ``path`` and the keys in ``environ`` describe. Raises UserError naming file, line and remedy."""
     entries = read_env(path, environ)
     fields = {name: key_of(name) for name in Site.model_fields if name != "path"}
     for key, entry in entries.items():
-        if key.startswith(PREFIX) and not key.startswith(_PASSED_ON) and key not in fields.values():
+        if key.startswith(PREFIX) and key not in fields.values():
             raise UserError(_unknown(key, entry, path, list(fields.values())))
     # A key without a value is one that is not given: so the template can be filled in where it is.
-    values = {name: entries[key].value for name, key in fields.items() if key in entries and entries[key].value}
+    given = {key: entry.value for key, entry in entries.items() if entry.value}
+    exported = {key: environ[key] for key in fields.values() if environ.get(key)}
+    values = {name: value for name, key in fields.items() if (value := exported.get(key, given.get(key)))}
     try:
         return Site(path=path, **values)  # type: ignore[arg-type]  # strings, which pydantic turns into numbers
     except ValidationError as error:
-        raise UserError(_wrong(error, entries, path)) from None
+        field = str(error.errors()[0]["loc"][0])
+        key = key_of(field)
+        place = "this shell" if key in exported else f"{path}:{entries[key].line}"
+        raise UserError(f"{place}: {key} is {values[field]!r}, but {_required(error, field)}") from None
 
 
 def _unknown(key: str, entry: Entry, path: Path, known: list[str]) -> str:
@@ -105,11 +108,7 @@ _REQUIREMENTS = {
 }
 
 
-def _wrong(error: ValidationError, entries: Mapping[str, Entry], path: Path) -> str:
-    """The first thing that pydantic found wrong, in one sentence."""
-    first = error.errors()[0]
-    field = str(first["loc"][0])
-    key = key_of(field)
-    theirs = first["msg"].replace("Input should be", "must be").replace("a valid integer", "a whole number")
-    required = _REQUIREMENTS.get(field, theirs.split(", unable")[0])
-    return f"{path}:{entries[key].line}: {key} is {entries[key].value!r}, but {required}"
+def _required(error: ValidationError, field: str) -> str:
+    """What ``field``, the first that pydantic found wrong, must be."""
+    theirs = error.errors()[0]["msg"].replace("Input should be", "must be").replace("a valid integer", "a whole number")
+    return _REQUIREMENTS.get(field, theirs.split(", unable")[0])

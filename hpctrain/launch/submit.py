@@ -72,7 +72,7 @@ def prepare(
         )
     site = load_site(site_path or Path(environ[SITE]), environ)
     script = _find_script(environ)
-    runs = _runs(site, environ)
+    runs = _runs(site)
     stem = config_path.stem
     log = _escaped(str(runs / re.sub(r"[^\w.+-]", "_", stem, flags=re.ASCII))) + f"-{_log_ids(request)}.log"
     options = {
@@ -161,8 +161,8 @@ def _find_script(environ: Mapping[str, str]) -> Path:
     )
 
 
-def _runs(site: Site, environ: Mapping[str, str]) -> Path:
-    runs = site.runs or environ.get(RUNS) or "runs"
+def _runs(site: Site) -> Path:
+    runs = site.runs or "runs"
     if "\\" in runs or "$" in runs:
         raise UserError(f"{RUNS} is {runs!r}: give it without backslashes, and with variables that this shell has")
     return Path(os.path.abspath(runs))

@@ -212,15 +212,15 @@ def test_the_site_file_reaches_ranks_and_script(job: Path) -> None:
     assert argv[-1] == "all runs/small-30077"
 
 
-def test_a_key_without_a_value_leaves_what_was_exported_for_the_job(job: Path) -> None:
+def test_what_was_exported_for_the_job_comes_before_the_site_file(job: Path) -> None:
     site = job / "site.env"
-    site.write_text("HPCTRAIN_RUNS=\nHPCTRAIN_ENGINE=torch\nHPCTRAIN_SCRATCH=\n")
-    exported = {"HPCTRAIN_SITE": str(site), "HPCTRAIN_RUNS": "my runs", "HPCTRAIN_ENGINE": "mpi"}
-    assert run(job, "small.yaml", **exported).returncode == 0
-    argv = recorded(job, "srun").calls[-1]
-    assert argv[-1] == "my runs/small-30077"
-    assert "comm.engine=torch" in argv
-    assert recorded(job, "srun").environ["HPCTRAIN_RUNS"] == "my runs"
+    site.write_text("HPCTRAIN_RUNS=\nHPCTRAIN_ENGINE=torch\nHPCTRAIN_SCRATCH=/raid\n")
+    exported = {"HPCTRAIN_RUNS": "my 'runs' $HOME", "HPCTRAIN_ENGINE": "mpi", "HPCTRAIN_SCRATCH": ""}
+    assert run(job, "small.yaml", HPCTRAIN_SITE=str(site), **exported).returncode == 0
+    srun = recorded(job, "srun")
+    assert srun.calls[-1][-1] == "my 'runs' $HOME/small-30077"
+    assert "comm.engine=mpi" in srun.calls[-1]
+    assert {name: srun.environ[name] for name in exported} == {**exported, "HPCTRAIN_SCRATCH": "/raid"}
 
 
 AWKWARD = "a 'b' \"c\" $(touch boo) `touch boo`\n$HOME \\ ; * #"
@@ -274,7 +274,7 @@ def test_awkward_words_arrive_as_they_are(job: Path) -> None:
         (
             ["small.yaml"],
             {"SLURM_CPUS_PER_TASK": "3"},
-            "4 ranks of 3 cores do not fit the 8 cores that this job has of",
+            "4 ranks of 3 CPUs do not fit the 8 that this job has of",
         ),
         (
             ["small.yaml"],

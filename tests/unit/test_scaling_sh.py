@@ -66,7 +66,7 @@ def slurm(tmp_path: Path) -> Slurm:
         (binaries / name).write_text(text)
         (binaries / name).chmod(0o755)
     (tmp_path / "small.yaml").write_text("model: {name: dense}\ntrain: {batch_per_worker: 32}\n")
-    site = "HPCTRAIN_GRES=none\nHPCTRAIN_CORES_PER_NODE=8\nHPCTRAIN_PARTITION=long\nHPCTRAIN_ACCOUNT=us\n"
+    site = "HPCTRAIN_GRES=none\nHPCTRAIN_CPUS_PER_NODE=8\nHPCTRAIN_PARTITION=long\nHPCTRAIN_ACCOUNT=us\n"
     (tmp_path / "cpu.env").write_text(site)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HPCTRAIN_"))}
     path = f"{binaries}:{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -169,7 +169,7 @@ def test_no_job_is_left_when_one_is_refused(slurm: Slurm) -> None:
         (["small.yaml", "1x4", "2"], "2 and 1x4 are both 4 workers: leave one out"),
         (["small.yaml", "1", "3", "--", "train.batch_per_worker=16"], "which does not divide among 6"),
         (["small.yaml", "1", "2", "--", "train.bach=1"], "train.bach"),
-        (["small.yaml", "1", "9x9"], "9 ranks a node are more than its 8 cores"),
+        (["small.yaml", "1", "9x9"], "9 ranks a node are more than its 8 CPUs"),
     ],
 )
 def test_what_cannot_be_submitted_is_one_sentence(slurm: Slurm, words: list[str], message: str) -> None:

@@ -22,7 +22,7 @@ FULL = {
     "ACCOUNT": ("'proj 7'", "proj 7"),
     "QOS": ("high", "high"),
     "GPUS_PER_NODE": ("8", 8),
-    "CORES_PER_NODE": ("112", 112),
+    "CPUS_PER_NODE": ("112", 112),
     "MEMORY_PER_NODE": ("480G", "480G"),
     "MAX_NODES": ("64", 64),
     "MAX_TIME": ("2-00:00:00", "2-00:00:00"),
@@ -63,12 +63,20 @@ def test_a_key_without_a_value_is_not_given(tmp_path: Path) -> None:
     assert (site.partition, site.gpus_per_node, site.mpi) == (None, None, "pmix")
 
 
+def test_what_is_exported_comes_before_the_file(tmp_path: Path) -> None:
+    path = site_file(tmp_path, "HPCTRAIN_RUNS=theirs\nHPCTRAIN_SCRATCH=/raid\nHPCTRAIN_MAX_NODES=4\n")
+    site = load_site(path, {"HPCTRAIN_RUNS": "mine", "HPCTRAIN_SCRATCH": "", "HPCTRAIN_ENGINE": "mpi"})
+    assert (site.runs, site.scratch, site.max_nodes, site.engine) == ("mine", "/raid", 4, "mpi")
+    with pytest.raises(UserError, match="^this shell: HPCTRAIN_MAX_NODES is 'x', but must be a whole number$"):
+        load_site(path, {"HPCTRAIN_MAX_NODES": "x"})
+
+
 @pytest.mark.parametrize("name", ["dgx", "p100-infiniband", "cpu", "template"])
 def test_the_shipped_sites_are_sites(name: str) -> None:
     site = load_site(SITES / f"{name}.env", {"HOME": "/home/me", "USER": "me"})
     assert site.gres is not None
     if name != "template":
-        assert site.cores_per_node and (site.gpus_per_node or site.gres == "none")
+        assert site.cpus_per_node and (site.gpus_per_node or site.gres == "none")
 
 
 def test_the_template_has_every_key_and_a_comment_before_each() -> None:
@@ -160,8 +168,8 @@ def test_what_is_no_plain_value_is_refused_with_its_line(tmp_path: Path, line: s
     [
         ("HPCTRAIN_GRES=gpu", "HPCTRAIN_GRES is 'gpu', but must be 'gres', 'gpus' or 'none'"),
         ("HPCTRAIN_MPI=pmi2", "HPCTRAIN_MPI is 'pmi2', but must be pmix, pmix_v4 or the like, or none"),
-        ("HPCTRAIN_CORES_PER_NODE=many", "HPCTRAIN_CORES_PER_NODE is 'many', but must be a whole number"),
-        ("HPCTRAIN_CORES_PER_NODE=0", "HPCTRAIN_CORES_PER_NODE is '0', but must be greater than or equal to 1"),
+        ("HPCTRAIN_CPUS_PER_NODE=many", "HPCTRAIN_CPUS_PER_NODE is 'many', but must be a whole number"),
+        ("HPCTRAIN_CPUS_PER_NODE=0", "HPCTRAIN_CPUS_PER_NODE is '0', but must be greater than or equal to 1"),
         ("HPCTRAIN_MEMORY_PER_NODE=lots", "HPCTRAIN_MEMORY_PER_NODE is 'lots', but must be a size as Slurm writes it"),
         ("HPCTRAIN_MAX_TIME=1h", "HPCTRAIN_MAX_TIME is '1h', but must be a time as Slurm writes it"),
         ("HPCTRAIN_REQUEUE=maybe", "HPCTRAIN_REQUEUE is 'maybe', but must be 'yes' or 'no'"),

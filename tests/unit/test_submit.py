@@ -24,12 +24,12 @@ HPCTRAIN_ACCOUNT=proj7
 HPCTRAIN_QOS=long
 HPCTRAIN_GRES=gres
 HPCTRAIN_GPUS_PER_NODE=8
-HPCTRAIN_CORES_PER_NODE=112
+HPCTRAIN_CPUS_PER_NODE=112
 HPCTRAIN_MEMORY_PER_NODE=480G
 HPCTRAIN_MAX_NODES=16
 HPCTRAIN_MAX_TIME=2-00
 """
-CPU_SITE = "HPCTRAIN_GRES=none\nHPCTRAIN_CORES_PER_NODE=8\n"
+CPU_SITE = "HPCTRAIN_GRES=none\nHPCTRAIN_CPUS_PER_NODE=8\n"
 CHECKOUT = Path(__file__).resolve().parents[2]
 CONFIG = "model: {name: dense}\ndata: {loader: synthetic}\n"
 
@@ -202,7 +202,7 @@ def test_a_script_where_the_user_stands_comes_first(here: Path) -> None:
         (Request(1, gpus_per_node=2), (), "cpu.env", "cpu.env is a site without GPUs, but --gpus-per-node 2: leave"),
         (Request(1), ("train.device=cuda",), "cpu.env", "cpu.env is a site without GPUs, but train.device=cuda: leave"),
         (Request(1), (), "cpu.env", "cpu.env is a site without GPUs: say how many ranks a node has with --tasks-per"),
-        (Request(1, tasks_per_node=9), (), "cpu.env", "9 ranks a node are more than its 8 cores (cpu.env): ask for"),
+        (Request(1, tasks_per_node=9), (), "cpu.env", "9 ranks a node are more than its 8 CPUs (cpu.env): ask for"),
         (Request(1), ("trian.epochs=1",), "gpu.env", "trian (--set trian.epochs=1) is an unknown key; did you mean"),
         (Request(1), (), None, "no site file: name one with --site or HPCTRAIN_SITE (slurm/sites has examples"),
         (Request(1), (), "none.env", "there is no site file none.env: copy slurm/sites/template.env there"),
@@ -214,7 +214,7 @@ def test_what_the_site_cannot_give_is_refused(
     assert refusal(request_, *overrides, site=site).startswith(text)
 
 
-@pytest.mark.parametrize("key", ["GRES", "GPUS_PER_NODE", "CORES_PER_NODE"])
+@pytest.mark.parametrize("key", ["GRES", "GPUS_PER_NODE", "CPUS_PER_NODE"])
 def test_a_site_that_lacks_a_needed_key(here: Path, key: str) -> None:
     (here / "gpu.env").write_text("".join(line + "\n" for line in GPU_SITE.splitlines() if key not in line))
     told = f"gpu.env lacks HPCTRAIN_{key}, which this submission needs: add it (slurm/sites/template.env tells"
