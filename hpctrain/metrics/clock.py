@@ -155,8 +155,7 @@ class PhaseClock:
 
     A phase may be entered several times in a step (accumulation); its seconds add up. ``enter("eval")`` and
     ``enter("checkpoint")`` belong between ``end_step`` and the next ``step``. ``on_enter(step, phase)`` is
-    called on the host at each ``enter``, for whoever watches over the ranks. To enter the phase that runs is a sign
-    of life and no more.
+    called on the host at each ``enter``, for whoever watches over the ranks.
     """
 
     def __init__(self, device: torch.device, on_enter: Callable[[int, Phase], None] | None = None) -> None:
@@ -179,8 +178,10 @@ class PhaseClock:
         self._boundaries.append((_NO_PHASE, self._timer.mark()))
 
     def enter(self, phase: Phase) -> None:
-        """End the phase that runs and begin ``phase``."""
-        self._boundaries.append((_COLUMNS[phase], self._timer.mark()))
+        """End the phase that runs and begin ``phase``; nothing but a sign of life where that is the one that runs."""
+        column = _COLUMNS[phase]
+        if not self._boundaries or self._boundaries[-1][0] != column:
+            self._boundaries.append((column, self._timer.mark()))
         if self._on_enter is not None:
             self._on_enter(self._step, phase)
 

@@ -53,7 +53,8 @@ class Loop:
     def _steps_left(self) -> int:
         """Steps to the end of the epoch or of the run, whichever comes first."""
         plan, progress = self.parts.plan, self.progress
-        return min(plan.steps_left_in_epoch(progress.position), plan.total_steps - progress.step)
+        # The checkpoint may be of a later step than this launch's limit.
+        return max(0, min(plan.steps_left_in_epoch(progress.position), plan.total_steps - progress.step))
 
     def step(self) -> None:
         """One optimizer step, and what belongs to it: the clock, the log and the comparison of replicas when due."""
@@ -74,20 +75,25 @@ class Loop:
         return self.progress.step % every == 0
 
     def _evaluate(self) -> None:
-        """Judge the model where ``train.eval_every_epochs`` asks for it, and at the end of the run."""
-        progress, train = self.progress, self.parts.config.train
+        """Judge the model where it is due."""
+        progress = self.progress
         self.journal.log(progress)
-        if train.eval_every_epochs is None or self.parts.plan.val_samples == 0:
-            return
-        if progress.step < self.parts.plan.total_steps and (progress.epoch + 1) % train.eval_every_epochs:
+        progress.owes_evaluation = self._evaluation_due()
+        if not progress.owes_evaluation:
             return
         self.parts.clock.enter("eval")
         average_buffers(self.parts.comm, self.parts.model)
-        progress.owes_evaluation = True
         started = time.perf_counter()
         result = self.evaluate()
         self.journal.evaluation(progress, result, time.perf_counter() - started)
-        progress.take(result, train.early_stopping)
+        progress.take(result, self.parts.config.train.early_stopping)
+
+    def _evaluation_due(self) -> bool:
+        """Whether ``train.eval_every_epochs`` asks for an evaluation here; it does at the end of the run too."""
+        plan, progress, every = self.parts.plan, self.progress, self.parts.config.train.eval_every_epochs
+        if every is None or plan.val_samples == 0:
+            return False
+        return progress.step >= plan.total_steps or (progress.epoch + 1) % every == 0
 
     def reason_to_stop(self) -> str | None:
         """What ends the run here, or None; equal on all ranks, since steps and evaluations are."""

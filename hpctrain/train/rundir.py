@@ -72,7 +72,7 @@ class RunDirectory:
         end when they have waited for their peers for long enough, within ``earlier_start_s`` from the first call.
 
         Raises UserError when it cannot be written to or locked or another job holds it, MachineError when the disk is
-        full.
+        full or the last start of this job still holds it.
         """
         now_s = time.monotonic()
         if self._asked_s is None:
@@ -88,8 +88,9 @@ class RunDirectory:
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         holder = _holder(path)
-        if now_s - self._asked_s >= (earlier_start_s if _is_of_this_job(holder) else _PATIENCE_S):
-            raise in_use(self.path, holder)
+        ours = _is_of_this_job(holder)
+        if now_s - self._asked_s >= (earlier_start_s if ours else _PATIENCE_S):
+            raise _still_locked(self.path, holder) if ours else in_use(self.path, holder)
         time.sleep(_LOOK_S)
         return False
 
@@ -125,6 +126,14 @@ def held_by_another(path: Path) -> str | None:
 def in_use(path: Path, holder: str) -> UserError:
     """What a second job on the run directory ``path`` is told."""
     return UserError(f"run directory {path} is in use by {holder}; wait for that job or give another --run-dir")
+
+
+def _still_locked(path: Path, holder: str) -> MachineError:
+    # Not the user's fault: it must leave `hpctrain requeue` the choice to start again, on other nodes.
+    return MachineError(
+        f"run directory {path} is still locked by an earlier start of this job, {holder}: "
+        "see that its process or node is gone"
+    )
 
 
 def no_locks(path: Path, error: OSError) -> UserError:

@@ -87,7 +87,7 @@ class Saver:
             self._parts.clock.enter("checkpoint")
 
     def close(self) -> bool:
-        """On the way out of an error: give a sound checkpoint the time to be written, and close the sample log.
+        """End with the run: after an error too, a sound checkpoint is given the time to be written.
 
         Whether nothing is being written any more.
         """

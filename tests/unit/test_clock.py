@@ -165,6 +165,20 @@ def test_marks_are_bounded_without_any_reading(timer: FakeTimer) -> None:
     assert times.phases_s["backward"] == 3.0
 
 
+def test_a_sign_of_life_within_a_phase_marks_nothing(timer: FakeTimer) -> None:
+    """An evaluation may have a hundred thousand batches, and marks are events of the GPU."""
+    told: list[str] = []
+    clock = PhaseClock(CPU, on_enter=lambda step, phase: told.append(phase))
+    one_step(clock, timer, 1)
+    before = len(timer.moments)
+    for _ in range(1000):
+        clock.enter("eval")
+        timer.now_s += 0.125
+    assert told.count("eval") == 1000
+    assert len(timer.moments) == before + 1
+    assert clock.summary().outside_s["eval"] == 125.0
+
+
 def test_watchdog_is_told_step_and_phase(timer: FakeTimer) -> None:
     told: list[tuple[int, str]] = []
     clock = PhaseClock(CPU, on_enter=lambda step, phase: told.append((step, phase)))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from hpctrain.comm.turns import Stopped
 from hpctrain.comm.watch import Watch
+from hpctrain.config.schema import Config
 from hpctrain.errors import MachineError, UserError
 from hpctrain.metrics.layout import list_checkpoints
 from hpctrain.topology.phases import PHASES
@@ -86,21 +88,41 @@ def test_a_rank_that_has_done_more_stands_later(tmp_path: Path, stood: list[tupl
     assert {PHASES[phase] for step, phase, _ in stood if step == 11} >= {"optimizer", "eval", "checkpoint"}
 
 
-def test_a_launch_that_owes_an_evaluation_stands_behind_the_step_before(
-    tmp_path: Path, stood: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def stop_in_its_evaluation(config: Config, folder: Path) -> None:
+    """Train up to an evaluation, and be asked to stop there: it is still owed."""
+
     def stop(self: Feeds) -> Evaluation:
         raise Stopped("SIGTERM")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Feeds, "evaluate", stop)
-        with pytest.raises(SystemExit):
-            run_here(recipe(train={"epochs": 2}), tmp_path)
+    with mock.patch.object(Feeds, "evaluate", stop), pytest.raises(SystemExit):
+        run_here(config, folder)
+
+
+def test_a_launch_that_owes_an_evaluation_stands_behind_the_step_before(
+    tmp_path: Path, stood: list[tuple[int, int, int]]
+) -> None:
+    stop_in_its_evaluation(recipe(train={"epochs": 2}), tmp_path)
     stood.clear()
     run_here(recipe(train={"epochs": 2}), tmp_path)
     assert stood == sorted(set(stood))
     begun = [(step, PHASES[phase]) for step, phase, _ in stood if PHASES[phase] != "start"]
     assert begun[0] == (11, "eval") and (12, "data") in begun
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("train", "judged"),
+    [
+        ({"eval_every_epochs": None}, 0),
+        ({"max_steps": 10}, 4),  # fewer than were taken
+    ],
+)
+def test_what_is_owed_at_the_end_is_paid_or_let_off(tmp_path: Path, train: dict[str, Any], judged: int) -> None:
+    """The run ends there and then, whatever was set anew: it does not go on for ever, nor past its end."""
+    stop_in_its_evaluation(recipe(train={"epochs": 1}), tmp_path)
+    record = run_here(recipe(train={"epochs": 1, **train}), tmp_path)
+    assert (record["steps"], record["ended"]) == (12, "finished")
+    assert record["accuracy"]["seen"] == judged
 
 
 def test_samples_seen_leave_out_padding(tmp_path: Path) -> None:

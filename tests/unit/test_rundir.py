@@ -100,7 +100,11 @@ def test_an_earlier_start_is_waited_for_no_longer_than_it_may_live(
     )
     assert not second.open(90.0)
     assert not second.open(90.0)
-    with pytest.raises(UserError, match="is in use by process"):
+    locked = (
+        rf"run directory \S+/run is still locked by an earlier start of this job, process {os.getpid()} on host \S+ of "
+        "job 77: see that its process or node is gone"
+    )
+    with pytest.raises(MachineError, match=locked):
         second.open(90.0)
     first.close()
 
