@@ -53,7 +53,7 @@ class Requests:
         if self._caught is not None:
             return self._caught
         if self.limit is not None and self.limit.left_s <= 0:
-            return f"the job's time limit, {datetime.fromtimestamp(self.limit.end_s):%Y-%m-%d %H:%M:%S},"
+            return f"the job's time limit ({datetime.fromtimestamp(self.limit.end_s):%Y-%m-%d %H:%M:%S})"
         return None
 
     def agreed(self) -> None:

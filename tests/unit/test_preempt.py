@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.preempt import Requests
 from hpctrain.launch.timelimit import TimeLimit
+from hpctrain.metrics.jsonfiles import read_log
 from hpctrain.metrics.launches import read_launches
 from hpctrain.train import loop, run
 from hpctrain.train.build import Feeds
@@ -83,8 +85,9 @@ def test_the_end_of_the_jobs_time_asks_too() -> None:
     with Requests() as requests:
         requests.limit = TimeLimit(time.time() + 1000, 60, lambda: 0.0, lambda: 0.0)
         assert requests.asked() is None
-        requests.limit = TimeLimit(time.time() + 30, 60, lambda: 0.0, lambda: 0.0)
-        assert "the job's time limit, 20" in str(requests.asked())
+        end = datetime(2026, 1, 2, 3, 4, 5)
+        requests.limit = TimeLimit(end.timestamp(), 60, lambda: 0.0, lambda: 0.0)
+        assert requests.asked() == "the job's time limit (2026-01-02 03:04:05)"
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Any) -> None:
@@ -173,12 +176,16 @@ def test_an_evaluation_that_is_cut_short_is_made_up_for(tmp_path: Path, monkeypa
 
 
 def test_the_time_limit_ends_a_run_without_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1000))
+    end_s = int(time.time()) + 1000
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(end_s))
     at_step(monkeypatch, 5, lambda: monkeypatch.setattr(TimeLimit, "left_s", 0.0))
     done = command("train", write_recipe(tmp_path / "small.yaml"), "--run-dir", tmp_path / "run")
     assert done.code == 75, done.err
     assert "the last checkpoint begins within 9" in done.out
-    assert "stopped by the job's time limit, " in done.out
+    reason = f"the job's time limit ({datetime.fromtimestamp(end_s):%Y-%m-%d %H:%M:%S})"
+    assert f"stopped by {reason}, after step 6, its checkpoint is written (exit status 75)\n" in done.out
+    (end,) = (line for line in read_log(tmp_path / "run/launches.jsonl") if line["event"] == "end")
+    assert end["reason"] == reason
     assert saved_steps(tmp_path / "run") == [6]
 
 

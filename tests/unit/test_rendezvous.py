@@ -45,6 +45,7 @@ def test_a_step_meets_on_its_first_node() -> None:
     [
         ({"PMIX_NAMESPACE": "job-1"}, TWO_HOSTS),
         ({}, ONE_HOST),
+        ({"PMI_ID": "1", "PMI_PORT": "n1:40001"}, ONE_HOST),
         ({**SLURM, "SLURM_DISTRIBUTION": "arbitrary"}, STEP),
         ({"MASTER_ADDR": "n7"}, TWO_HOSTS),
     ],
