@@ -16,9 +16,11 @@ _VARIABLE = r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})"
 _PLAIN = rf"(?:[\w./:,@%+=^-]|{_VARIABLE})*"
 _DOUBLE = rf'"(?:[^"\\$`]|{_VARIABLE})*"'
 _SINGLE = r"'[^']*'"
+_BLANK = r"[ \t]"
 _LINE = re.compile(
-    rf"\s*(?:(?:export\s+)?(?P<key>[A-Za-z_]\w*)=(?:(?P<single>{_SINGLE})|(?P<double>{_DOUBLE})|(?P<plain>{_PLAIN})))?"
-    r"\s*(?:(?:^|(?<=\s))#.*)?",
+    rf"{_BLANK}*(?:(?:export{_BLANK}+)?(?P<key>[A-Za-z_]\w*)="
+    rf"(?:(?P<single>{_SINGLE})|(?P<double>{_DOUBLE})|(?P<plain>{_PLAIN})))?"
+    rf"{_BLANK}*(?:(?:^|(?<={_BLANK}))#.*)?",
     re.ASCII,
 )
 
@@ -37,7 +39,7 @@ def read_env(path: Path, environ: Mapping[str, str]) -> dict[str, Entry]:
     read, at a line that is no KEY=VALUE, and at a key that is given twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()
     except FileNotFoundError:
         raise UserError(f"there is no site file {path}: copy slurm/sites/template.env there and fill it in") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -47,10 +49,7 @@ def read_env(path: Path, environ: Mapping[str, str]) -> dict[str, Entry]:
     for number, line in enumerate(text.split("\n"), start=1):
         match = _LINE.fullmatch(line)
         if match is None:
-            raise UserError(
-                f"{path}:{number}: {line.strip()!r} is not KEY=VALUE: put a value with blanks between quotes, "
-                "and leave commands and backslashes out"
-            )
+            raise UserError(f"{path}:{number}: {_wrong(line)}")
         if (key := match["key"]) is None:
             continue
         if key in entries:
@@ -58,6 +57,18 @@ def read_env(path: Path, environ: Mapping[str, str]) -> dict[str, Entry]:
         known = {**environ, **{name: entry.value for name, entry in entries.items()}}
         entries[key] = Entry(_value(match, known), number)
     return entries
+
+
+def _wrong(line: str) -> str:
+    if line.endswith("\r"):
+        return (
+            "the line ends as on Windows, and a shell would take the carriage return for a part of the value: give the "
+            "file Unix line ends (dos2unix)"
+        )
+    return (
+        f"{line.strip()!r} is not KEY=VALUE: put a value with blanks between quotes, "
+        "and leave commands and backslashes out"
+    )
 
 
 def _value(match: re.Match[str], known: Mapping[str, str]) -> str:

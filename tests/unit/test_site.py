@@ -109,6 +109,8 @@ PIECES = [
     "é",
     "x y",
     "\t",
+    "\r",
+    "\f",
 ]
 QUOTED = st.sampled_from(["{}", "'{}'", '"{}"', "{} # {}"])
 
@@ -189,6 +191,16 @@ def test_a_missing_key_names_itself_and_the_file(tmp_path: Path) -> None:
     site = load_site(site_file(tmp_path, ""), {})
     with pytest.raises(UserError, match=r"my\.env lacks HPCTRAIN_GRES, which this submission needs: add it"):
         site.need("gres")
+
+
+def test_lines_as_windows_ends_them_are_refused(tmp_path: Path) -> None:
+    """A shell keeps the carriage return: srun would be asked for the MPI of the name `pmix\\r`."""
+    path = tmp_path / "my.env"
+    path.write_bytes(b"# a site\r\nHPCTRAIN_MPI=pmix\r\n")
+    assert complaint(path) == (
+        f"{path}:2: the line ends as on Windows, and a shell would take the carriage return for a part of the value: "
+        "give the file Unix line ends (dos2unix)"
+    )
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
