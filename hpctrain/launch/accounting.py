@@ -6,22 +6,22 @@ nothing to add and nothing to say. Energy is what the nodes' sensors counted; Sl
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hpctrain.errors import HpctrainError
+from hpctrain.launch.sizes import parse_size
 from hpctrain.launch.slurm import ask_slurm
 from hpctrain.metrics.launches import read_launches
 from hpctrain.metrics.layout import RECORD_FILE
 from hpctrain.metrics.record import read_record, write_record
 
+#: Without names, in which users may have written bars and ends of lines.
 _FIELDS = (
     "JobID",
     "JobIDRaw",
-    "JobName",
     "State",
     "ExitCode",
     "ElapsedRaw",
@@ -33,8 +33,6 @@ _FIELDS = (
 #: Steps are in the accounts seconds after they have ended.
 _PATIENCE_S = 10.0
 _LOOK_S = 1.0
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[KMGTP]?)")
-_UNITS = "KMGTP"
 #: what sacct prints of a 64-bit figure that was never set
 _UNSET = 2**64 - 2
 
@@ -93,7 +91,7 @@ def parse(text: str) -> list[dict[str, Any]]:
         if number and not step and cells.get("NodeList") != "None assigned":
             starts.append({"job": number, "job_id": cells.get("JobID"), **_figures(cells), "steps": []})
         elif step.isdecimal() and starts and starts[-1]["job"] == number:
-            used = {"max_rss_bytes": size_of(cells.get("MaxRSS", ""), 1024)}
+            used = {"max_rss_bytes": _measured(cells.get("MaxRSS", ""), 1024)}
             starts[-1]["steps"].append({"step": int(step), **_figures(cells), **used})
     return starts
 
@@ -102,25 +100,20 @@ def _figures(cells: Mapping[str, str]) -> dict[str, Any]:
     status, _, signal = cells.get("ExitCode", "").partition(":")
     elapsed = cells.get("ElapsedRaw", "")
     return {
-        "name": cells.get("JobName"),
         # "CANCELLED by 1000"
         "state": cells.get("State", "").split(" ")[0],
         "exit_status": int(status) if status.isdecimal() else None,
         "exit_signal": int(signal) if signal.isdecimal() else None,
         "elapsed_s": int(elapsed) if elapsed.isdecimal() else None,
-        "energy_j": size_of(cells.get("ConsumedEnergyRaw", ""), 1000) or None,
+        "energy_j": _measured(cells.get("ConsumedEnergyRaw", ""), 1000) or None,
         "alloc_tres": dict(pair.split("=", 1) for pair in cells.get("AllocTRES", "").split(",") if "=" in pair),
         "nodes": cells.get("NodeList"),
     }
 
 
-def size_of(text: str, base: int) -> int | None:
-    """The number that Slurm writes as ``1234K`` or ``1.50G``, in units of ``base``; None for any other text."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        return None
-    size = round(float(match["number"]) * base ** (_UNITS.find(match["unit"]) + 1 if match["unit"] else 0))
-    return None if size >= _UNSET else size
+def _measured(text: str, base: int) -> int | None:
+    size = parse_size(text, base)
+    return None if size is None or size >= _UNSET else size
 
 
 def summarise(starts: list[dict[str, Any]]) -> dict[str, Any]:

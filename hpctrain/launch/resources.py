@@ -13,6 +13,7 @@ from hpctrain.config.schema import Config
 from hpctrain.errors import UserError
 from hpctrain.launch.durations import seconds_of
 from hpctrain.launch.site import Site
+from hpctrain.launch.sizes import parse_size
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def _share(memory: str, part: int, whole: int) -> str:
     """``part`` of ``whole`` of a size that Slurm reads, whose plain numbers are MiB."""
     if part == whole:
         return memory
-    size, unit = re.fullmatch(r"(\d+)([KMGT]?)", memory, re.ASCII).groups()  # type: ignore[union-attr]  # as Site checks
-    return f"{int(size) * 1024 ** ' KMGT'.index(unit or 'M') * part // whole // 1024}K"
+    size_bytes = parse_size(f"{memory}M" if memory.isdecimal() else memory, 1024)
+    return f"{size_bytes * part // whole // 1024}K"  # type: ignore[operator]  # a size, as Site has checked
 
 
 def _gpus_and_tasks(site: Site, request: Request, config: Config) -> tuple[int, int]:

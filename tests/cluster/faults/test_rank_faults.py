@@ -66,7 +66,7 @@ def test_requeued_by_the_administrator(slurm: Slurm, start: Start, finishes: Fin
     first, second = accounts["starts"]
     assert (first["job"], first["state"]) == (training.job.id, "REQUEUED")
     assert list(hosts(second["nodes"])) == training.job.nodes
-    assert [step["name"] for step in second["steps"]][-1] == "python"
+    assert [step["step"] for step in second["steps"]] == [0, 1, 2]  # a look at the config, the preflight, the training
     assert second["steps"][-1]["state"] == "COMPLETED"
     # A rank that trains holds torch in memory; the nodes have no sensors.
     assert accounts["max_rss_bytes"] > 100 * 2**20
