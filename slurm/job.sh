@@ -85,6 +85,9 @@ count_ranks() {
     esac
     ((${SLURM_HET_SIZE:-1} == 1)) ||
         fail "this is a heterogeneous job of $SLURM_HET_SIZE parts, but ranks are started in one: submit it without \` : \`"
+    [[ $mpi == none || $(srun --mpi=list 2>&1) =~ (^|[[:space:],])$mpi([[:space:],]|$) ]] ||
+        fail "this Slurm has no $mpi for ranks to find each other by (srun --mpi=list): set HPCTRAIN_MPI to the pmix that it \
+has, or to none together with HPCTRAIN_ENGINE=torch"
     gpus=${SLURM_GPUS_ON_NODE:-0}
     tasks=$((gpus > 0 ? gpus : 1))
     if [[ -n ${SLURM_NTASKS_PER_NODE:-} ]]; then
@@ -143,6 +146,11 @@ enter_container() {
     # PMIx would look for what Slurm tells the ranks in shared memory, whose files are not seen inside; hash is without files.
     inside=(apptainer exec --env PMIX_MCA_gds=hash)
     ((${SLURM_GPUS_ON_NODE:-0} == 0)) || inside+=(--nv)
-    for folder in "$PWD" "$@"; do inside+=(--bind "$(realpath -- "$folder")"); done
+    for folder in "$PWD" "$@"; do
+        inside+=(--bind "$(realpath -- "$folder")")
+        # Ranks are told of it by a name that may lead there through links.
+        [[ $(realpath -- "$folder") == "$(realpath -s -- "$folder")" ]] ||
+            inside+=(--bind "$(realpath -- "$folder"):$(realpath -s -- "$folder")")
+    done
     inside+=("$HPCTRAIN_CONTAINER")
 }

@@ -11,29 +11,33 @@ import typer
 
 from hpctrain.cli.options import ConfigPath, Overrides
 
+SbatchOptions = Annotated[
+    list[str] | None, typer.Argument(metavar="-- SBATCH-OPTION", help="options that sbatch is given as they are")
+]
+TurnsOption = Annotated[
+    str | None, typer.Option(metavar="0-9%1", help="tasks that take turns, where a site forbids requeueing")
+]
+TimeLimit = Annotated[
+    str | None, typer.Option("--time", metavar="TIME", help="time limit of each start of the job (default: the site's)")
+]
+SiteFile = Annotated[
+    Path | None, typer.Option("--site", metavar="FILE", help="what the cluster gives (default: $HPCTRAIN_SITE)")
+]
+
 
 def submit(
     config: ConfigPath,
     nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")],
-    more: Annotated[
-        list[str] | None, typer.Argument(metavar="-- SBATCH-OPTION", help="options that sbatch is given as they are")
-    ] = None,
+    more: SbatchOptions = None,
     overrides: Overrides = None,
     gpus_per_node: Annotated[
         int | None, typer.Option(min=0, help="GPUs of a node, and ranks on it (default: all that the site has)")
     ] = None,
     tasks_per_node: Annotated[int | None, typer.Option(min=1, help="ranks of a node, on a site without GPUs")] = None,
     engine: Annotated[str | None, typer.Option(metavar="NAME", help="comm.engine: auto, horovod, mpi or torch")] = None,
-    array: Annotated[
-        str | None, typer.Option(metavar="0-9%1", help="tasks that take turns, where a site forbids requeueing")
-    ] = None,
-    time_limit: Annotated[
-        str | None,
-        typer.Option("--time", metavar="TIME", help="time limit of each start of the job (default: the site's)"),
-    ] = None,
-    site: Annotated[
-        Path | None, typer.Option("--site", metavar="FILE", help="what the cluster gives (default: $HPCTRAIN_SITE)")
-    ] = None,
+    array: TurnsOption = None,
+    time_limit: TimeLimit = None,
+    site: SiteFile = None,
     job_name: Annotated[str | None, typer.Option(metavar="NAME", help="default: that of the configuration")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the sbatch line and its script, and stop")] = False,
     parsable: Annotated[

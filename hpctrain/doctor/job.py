@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from hpctrain.comm.base import Communicator
 from hpctrain.config.schema import Config
 from hpctrain.doctor.clocks import read_clocks
-from hpctrain.doctor.judge import clock_complaints, complaints, locked_twice, unshared
+from hpctrain.doctor.judge import clock_faults, complaints, locked_twice, unshared
 from hpctrain.doctor.outcome import tell
 from hpctrain.doctor.place import RankPlace, own_place
 from hpctrain.doctor.shared import Sight, see_run_directory
@@ -33,7 +33,6 @@ from hpctrain.train.rundir import held_by_another
 from hpctrain.train.session import open_session
 
 SCHEMA = 1
-FILE = "preflight.json"
 #: how long rank 0 gives the others to be gone
 _LEAVE_LAST_S = 2.0
 
@@ -42,12 +41,15 @@ Told = TypeVar("Told", RankPlace, Pace, Sight)
 
 @dataclass
 class Preflight:
-    """All that was found, by rank; ``cost_s`` is counted from the start of rank 0's process."""
+    """All that was found, by rank: mistakes of the user (``complaints``), what is wrong with the machine (``faults``,
+    and the nodes in ``suspects``), and what may stay so. ``cost_s`` is counted from the start of rank 0's process.
+    """
 
     places: list[RankPlace]
     engine: str
     engine_reason: str
     complaints: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     paces: list[Pace] = field(default_factory=list)
     suspects: list[Suspect] = field(default_factory=list)
@@ -56,7 +58,8 @@ class Preflight:
 
     def to_record(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"schema": SCHEMA, "ok": not (self.complaints or self.suspects), **to_json_value(asdict(self))}
+        ok = not (self.complaints or self.faults or self.suspects)
+        return {"schema": SCHEMA, "ok": ok, **to_json_value(asdict(self))}
 
 
 def job_command(config: Config, run_dir: Path | None, json_file: Path | None) -> None:
@@ -82,7 +85,9 @@ def job_command(config: Config, run_dir: Path | None, json_file: Path | None) ->
 def verdict(found: Preflight, config: Config) -> HpctrainError | None:
     """What keeps ``config`` from being trained here, if anything."""
     if found.complaints:
-        return UserError("\n".join(found.complaints))
+        return UserError("\n".join([*found.complaints, *found.faults]))
+    if found.faults:
+        return MachineError("\n".join(found.faults))
     if any(suspect.broken or config.launch.slow_node == "stop" for suspect in found.suspects):
         return MachineError(sentence(found.suspects))
     return None
@@ -95,7 +100,7 @@ def examine_job(comm: Communicator, config: Config, run_dir: Path | None, engine
     places = _of_all(comm, own_place(comm.topology, comm.device, first_host, config.data.threads))
     found = Preflight(places, comm.name, engine_reason, start_s=start_s)
     found.complaints += complaints(places, config.train.device)
-    found.complaints += clock_complaints(places, read_clocks(comm))
+    found.faults += clock_faults(places, read_clocks(comm))
     if run_dir is not None:
         try:
             sights = _of_all(comm, see_run_directory(comm, run_dir))
@@ -103,7 +108,7 @@ def examine_job(comm: Communicator, config: Config, run_dir: Path | None, engine
             found.remarks += locked_twice(places, [sight.locks for sight in sights], str(run_dir))
         except UserError as error:
             found.complaints.append(str(error))
-    if not found.complaints:
+    if not (found.complaints or found.faults):
         _find_suspects(comm, found)
     found.cost_s = comm.broadcast_object(_age_s())
     return found

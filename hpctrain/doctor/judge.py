@@ -24,7 +24,7 @@ def complaints(places: Sequence[RankPlace], device: str) -> list[str]:
     return told
 
 
-def clock_complaints(places: Sequence[RankPlace], readings: Sequence[Reading]) -> Iterator[str]:
+def clock_faults(places: Sequence[RankPlace], readings: Sequence[Reading]) -> Iterator[str]:
     """A sentence for each host whose clock differs from that of rank 0's by more than a second."""
     first: dict[str, RankPlace] = {}
     for place in places:

@@ -35,14 +35,22 @@ class Calls:
 class Double(Calls):
     """A program ``name`` in ``folder``. ``stdout`` and ``stderr`` are what it says, ``status`` how it leaves.
 
-    ``then`` is a line of bash that comes between the two.
+    ``first`` is a line of bash that comes before all of that, ``then`` one that comes before it leaves.
     """
 
     def __init__(
-        self, folder: Path, name: str, stdout: str = "", stderr: str = "", status: int = 0, then: str = ""
+        self,
+        folder: Path,
+        name: str,
+        stdout: str = "",
+        stderr: str = "",
+        status: int = 0,
+        then: str = "",
+        first: str = "",
     ) -> None:
         super().__init__(folder, name)
         script = f"""#!/bin/bash
+{first}
 printf '%s\\0' "$@" '' >>{shlex.quote(str(self._called))}
 env -0 >{shlex.quote(str(self._environment))}
 printf %s {shlex.quote(stdout)}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpctrain.doctor.clocks import certain_difference_s
-from hpctrain.doctor.judge import clock_complaints, complaints, locked_twice, unshared
+from hpctrain.doctor.judge import clock_faults, complaints, locked_twice, unshared
 from hpctrain.doctor.place import RankPlace
 
 CODE = {"hpctrain": "0.1.0", "torch": "2.13.0"}
@@ -159,6 +159,6 @@ def test_clocks_are_never_further_apart_than_they_are(
 
 def test_a_wrong_clock_is_named_once_a_host() -> None:
     ticks = [(10.0, 10.1)] * 2 + [(6.0, 6.1)] * 2
-    (told,) = clock_complaints(job(2, 2), [ticks])
+    (told,) = clock_faults(job(2, 2), [ticks])
     assert told.startswith("the clock of host n1 is 3.9 s or more behind that of n0") and "--exclude=gpu01" in told
-    assert list(clock_complaints(job(2, 2), [[(10.0, 10.1)] * 2 + [(9.5, 9.6)] * 2])) == []
+    assert list(clock_faults(job(2, 2), [[(10.0, 10.1)] * 2 + [(9.5, 9.6)] * 2])) == []

@@ -15,9 +15,9 @@ import pytest
 
 from hpctrain.config.schema import Config
 from hpctrain.doctor import shared
-from hpctrain.doctor.job import Preflight, leave_findings
+from hpctrain.doctor.job import Preflight, leave_findings, verdict
 from hpctrain.doctor.shared import Sight, see_run_directory
-from hpctrain.errors import UserError
+from hpctrain.errors import MachineError, UserError
 from hpctrain.train.rundir import RunDirectory
 from tests.unit.fake_group import run_group
 
@@ -89,3 +89,16 @@ def test_a_job_that_is_just_ending_is_waited_for(tmp_path: Path) -> None:
     run.open()
     threading.Timer(0.3, run.close).start()
     assert all(sight.reads for sight in sights(run.path))
+
+
+def test_what_is_wrong_with_the_machine_is_no_mistake_of_the_user() -> None:
+    """A job that is started again elsewhere may be rid of it; one with a mistake would make it again."""
+    clock, pair = "the clock of host n1 is 3 s ahead", "ranks 0 and 1 share a GPU"
+    found = Preflight([], "mpi", "it is there", faults=[clock])
+    assert not found.to_record()["ok"]
+    fault = verdict(found, CONFIG)
+    assert isinstance(fault, MachineError) and str(fault) == clock
+    found.complaints.append(pair)
+    mistake = verdict(found, CONFIG)
+    assert isinstance(mistake, UserError) and str(mistake) == f"{pair}\n{clock}"
+    assert verdict(Preflight([], "mpi", "it is there"), CONFIG) is None

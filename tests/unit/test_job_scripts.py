@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -30,6 +31,10 @@ JOB = {
 }
 VERSION = ["-m", "hpctrain", "--version"]
 GPUS = {"SLURM_GPUS_ON_NODE": "4"}
+#: srun's answer, of which nothing is recorded
+MPI_LIST = (
+    "[[ $1 != --mpi=list ]] || { printf 'MPI plugin types are...\\n\\tpmix\\nversions: pmix_v3,pmix_v4\\n' && exit; }"
+)
 
 
 @pytest.fixture
@@ -37,11 +42,16 @@ def job(tmp_path: Path) -> Path:
     """A folder with a configuration, and Slurm's commands in its bin."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "small.yaml").write_text("model: {name: dense}\n")
-    Double(tmp_path / "bin", "srun")
+    Double(tmp_path / "bin", "srun", first=MPI_LIST)
     Double(tmp_path / "bin", "scontrol", stdout="n1\nn2\n")
     Double(tmp_path / "bin", "scancel")
     Double(tmp_path / "bin", "python")
     return tmp_path
+
+
+def write_srun(job: Path, script: str) -> None:
+    """In bash; nothing is recorded."""
+    (job / "bin/srun").write_text(f"#!/bin/bash\n{MPI_LIST}\n{script}")
 
 
 def environment(job: Path, more: Mapping[str, str]) -> dict[str, str]:
@@ -98,7 +108,7 @@ def test_the_checkout_is_that_of_the_script_that_was_submitted(job: Path, way: s
     told = f"   JobName=x\n   Command={checkout}/slurm/train.sbatch small.yaml\n   WorkDir=/elsewhere\n"
     Double(job / "bin", "scontrol", stdout=told if way == "Command" else "n1\n")
     where = {"SLURM_SUBMIT_DIR": "/elsewhere", way: str(checkout)}
-    stage = {"HPCTRAIN_STAGE": "/data/set", "HPCTRAIN_SCRATCH": "/disk"}
+    stage = {"HPCTRAIN_STAGE": packed(job), "HPCTRAIN_SCRATCH": "/disk"}
     done = run(job, "small.yaml", script=of_slurm(job, TRAIN), **where, **stage)
     assert done.returncode == 0, done.stderr
     assert ["show", "job", "30077"] in recorded(job, "scontrol").calls
@@ -315,11 +325,20 @@ def test_a_container_is_entered_with_its_gpus_and_folders(job: Path) -> None:
     assert run(job, str(config), **settings, **GPUS).returncode == 0
     argv = recorded(job, "srun").calls[-1]
     assert entered(job, argv, job, runs, configs, gpus=True)[:4] == ["python", "-m", "hpctrain", "train"]
-    stage = {"HPCTRAIN_STAGE": "/data/set", "HPCTRAIN_SCRATCH": str(disk)}
+    stage = {"HPCTRAIN_STAGE": packed(job), "HPCTRAIN_SCRATCH": str(disk)}
     assert run(job, str(config), **settings, **stage).returncode == 0
     assert entered(job, recorded(job, "srun").calls[-1], job, runs, configs, disk)[0] == "python"
     assert run(job, script=SLURM / "allreduce.sbatch", **settings).returncode == 0
     assert entered(job, recorded(job, "srun").calls[-1], job, runs)[:4] == ["python", "-m", "hpctrain", "bench"]
+
+
+def test_a_container_sees_a_folder_by_the_name_it_is_told_by_too(job: Path) -> None:
+    (job / "my image.sif").touch()
+    (job / "real").mkdir()
+    (job / "runs").symlink_to(job / "real")
+    assert run(job, "small.yaml", HPCTRAIN_CONTAINER="my image.sif", HPCTRAIN_RUNS=str(job / "runs")).returncode == 0
+    argv = recorded(job, "srun").calls[-1]
+    assert argv[argv.index(str(job / "real")) :][:3] == [str(job / "real"), "--bind", f"{job}/real:{job}/runs"]
 
 
 def test_modules_are_loaded_where_the_shell_does_not_know_them_yet(job: Path) -> None:
@@ -353,44 +372,84 @@ def test_a_site_file_that_asks_for_what_is_not_set_is_named(job: Path) -> None:
     assert run(job, "small.yaml", HPCTRAIN_SITE=str(site), SITE_DISK="/disk").returncode == 0
 
 
-STAGE = {"HPCTRAIN_STAGE": "/data/set", "HPCTRAIN_SCRATCH": "/disk"}
+#: what the data set of ``packed`` is copied to, on a node whose disk is /disk
+STAGED = f"/disk/a set-{hashlib.sha256(b'{}').hexdigest()[:12]}"
 
 
-@pytest.mark.parametrize("own", [[], ["data.path=/data/set/"]])
-def test_what_is_staged_is_what_is_trained_on(job: Path, own: list[str]) -> None:
-    assert run(job, "small.yaml", *own, "seed=2", **STAGE).returncode == 0
+def packed(job: Path, manifest: str = "{}") -> str:
+    """The folder of a packed data set."""
+    folder = job / "a set"
+    folder.mkdir(exist_ok=True)
+    (folder / "dataset.json").write_text(manifest)
+    return str(folder)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_is_staged_is_what_is_trained_on(job: Path, own: bool) -> None:
+    source = packed(job)
+    overrides = [*([f"data.path={source}/"] if own else []), "seed=2"]
+    assert run(job, "small.yaml", *overrides, HPCTRAIN_STAGE=source, HPCTRAIN_SCRATCH="/disk").returncode == 0
     staging, preflight, training = recorded(job, "srun").calls[1:]
-    assert staging[-4:] == ["bash", str(SLURM / "stage_in.sh"), "/data/set", "/disk/set"]
+    assert staging[-4:-1] == ["bash", str(SLURM / "stage_in.sh"), source]
+    assert staging[-1] == STAGED
     assert "--ntasks=2" in staging and "--cpus-per-task=8" in staging
-    sets = [word for name in [*own, "seed=2", "data.path=/disk/set"] for word in ("--set", name)]
+    sets = [word for name in [*overrides, f"data.path={staging[-1]}"] for word in ("--set", name)]
     for argv in (preflight, training):
         assert argv[argv.index("small.yaml") + 1 :][: len(sets)] == sets
 
 
+def test_each_version_of_a_data_set_has_a_folder_of_its_own(job: Path) -> None:
+    def staged(manifest: str) -> str:
+        srun = Double(job / "bin", "srun", first=MPI_LIST)
+        stage = {"HPCTRAIN_STAGE": packed(job, manifest), "HPCTRAIN_SCRATCH": "/disk"}
+        assert run(job, "small.yaml", **stage).returncode == 0
+        return next(call[-1] for call in reversed(srun.calls) if call[-3].endswith("stage_in.sh"))
+
+    first, other, again = staged("1"), staged("2"), staged("1")
+    assert first == again != other
+
+
 def test_another_data_set_than_the_staged_one_is_refused(job: Path) -> None:
-    done = run(job, "small.yaml", "data.path=/data/other", **STAGE)
+    done = run(job, "small.yaml", "data.path=/data/other", HPCTRAIN_STAGE=packed(job), HPCTRAIN_SCRATCH="/disk")
     assert done.returncode == 2
-    told = (
-        "data.path=/data/other is not the data set that is staged, HPCTRAIN_STAGE=/data/set: leave one of the two out"
-    )
-    assert done.stderr == f"train.sbatch: {told}\n"
+    told = f"the data set that is staged, HPCTRAIN_STAGE={packed(job)}: leave one of the two out"
+    assert done.stderr == f"train.sbatch: data.path=/data/other is not {told}\n"
     assert not recorded(job, "srun").calls
+
+
+def test_what_is_no_packed_data_set_is_not_staged(job: Path) -> None:
+    done = run(job, "small.yaml", HPCTRAIN_STAGE="/no set", HPCTRAIN_SCRATCH="/disk")
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.sbatch: /no set/dataset.json cannot be read on node ")
+    assert done.stderr.endswith("let HPCTRAIN_STAGE name a folder that `hpctrain data pack` has finished\n")
+
+
+def test_a_pmix_that_slurm_has_not_is_told_before_anything_starts(job: Path) -> None:
+    srun = Double(job / "bin", "srun", stdout="MPI plugin types are...\n\tnone\n\tpmi2\n")
+    for asked in ("", "pmix_v4"):
+        done = run(job, "small.yaml", HPCTRAIN_MPI=asked)
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"train.sbatch: this Slurm has no {asked or 'pmix'} for ranks to find each other by (srun --mpi=list): set "
+            "HPCTRAIN_MPI to the pmix that it has, or to none together with HPCTRAIN_ENGINE=torch\n"
+        )
+    assert srun.calls == [["--mpi=list"]] * 2
 
 
 @pytest.mark.parametrize(("left_with", "status", "requeued"), [(2, 2, False), (1, 1, True), (137, 137, True)])
 def test_how_staging_ends_decides_whether_the_job_is_started_again(
     job: Path, left_with: int, status: int, requeued: bool
 ) -> None:
-    (job / "bin/srun").write_text(f"#!/bin/bash\ntouch $$.srun\n[[ $* != *stage_in* ]] || exit {left_with}\n")
-    assert run(job, "small.yaml", **STAGE).returncode == status
+    write_srun(job, f"touch $$.srun\n[[ $* != *stage_in* ]] || exit {left_with}\n")
+    assert run(job, "small.yaml", HPCTRAIN_STAGE=packed(job), HPCTRAIN_SCRATCH="/disk").returncode == status
     assert len(list(job.glob("*.srun"))) == 2  # nothing is started after it
-    last = [requeue(left_with, "--set", "data.path=/disk/set")] if requeued else []
+    last = [requeue(left_with, "--set", f"data.path={STAGED}")] if requeued else []
     assert recorded(job, "python").calls == [VERSION, *last]
 
 
 def leaves_with(job: Path, status: int) -> None:
     """Let srun leave so after training, and well from the look before it."""
-    (job / "bin/srun").write_text(f"#!/bin/bash\n[[ $* != *'hpctrain train'* ]] || exit {status}\n")
+    write_srun(job, f"[[ $* != *'hpctrain train'* ]] || exit {status}\n")
 
 
 def requeue(status: int, *overrides: str) -> list[str]:
@@ -400,20 +459,20 @@ def requeue(status: int, *overrides: str) -> list[str]:
 
 
 def test_a_node_that_is_gone_before_the_first_step_is_looked_for(job: Path) -> None:
-    Double(job / "bin", "srun", status=1)
+    Double(job / "bin", "srun", status=1, first=MPI_LIST)
     assert run(job, "small.yaml").returncode == 1
     assert ["doctor" in call for call in recorded(job, "srun").calls] == [False, True]
     assert recorded(job, "python").calls == [VERSION, requeue(1)]
 
 
 def test_what_the_preflight_finds_ends_the_job(job: Path) -> None:
-    (job / "bin/srun").write_text("#!/bin/bash\ntouch $$.srun\n[[ $* != *doctor* ]] || exit 2\n")
+    write_srun(job, "touch $$.srun\n[[ $* != *doctor* ]] || exit 2\n")
     assert run(job, "small.yaml").returncode == 2
     assert len(list(job.glob("*.srun"))) == 2
 
 
 def test_a_configuration_that_another_node_lacks_ends_the_job(job: Path) -> None:
-    Double(job / "bin", "srun", status=2)
+    Double(job / "bin", "srun", status=2, first=MPI_LIST)
     done = run(job, "small.yaml")
     assert done.returncode == 2
     told = "the configuration small.yaml cannot be read on all nodes: put it on a file system that they share"
@@ -437,10 +496,11 @@ def test_a_port_that_is_taken_is_left_alone(job: Path) -> None:
 
 def test_a_rank_that_srun_ends_does_not_decide_over_the_status(job: Path) -> None:
     """srun leaves with the greatest status of its tasks, and that of one ended by SIGTERM is 143."""
-    (job / "bin/srun").write_text(
-        "#!/bin/bash\n[[ $* == *doctor* ]] || exit 0\nuntil [[ $1 == bash ]]; do shift; done\n"
+    write_srun(
+        job,
+        "[[ $* == *doctor* ]] || exit 0\nuntil [[ $1 == bash ]]; do shift; done\n"
         '"$@" & rank=$!\nuntil [[ -e begun ]]; do sleep 0.05; done\nkill -TERM $rank\nwait $rank\n'
-        "status=$?\nexit $((status > 2 ? status : 2))\n"
+        "status=$?\nexit $((status > 2 ? status : 2))\n",
     )
     (job / "bin/python").write_text(
         "#!/bin/bash\n[[ $* == *--version ]] && exit\ntouch begun\nexec sleep 5 &>/dev/null\n"
@@ -451,7 +511,7 @@ def test_a_rank_that_srun_ends_does_not_decide_over_the_status(job: Path) -> Non
 @pytest.mark.parametrize("left_with", [0, 143])
 def test_a_warning_during_the_preflight_leads_to_a_requeue(job: Path, left_with: int) -> None:
     warned = f"touch $$.srun\ntrap '' USR1\nkill -USR1 $PPID\nexit {left_with}\n"
-    (job / "bin/srun").write_text(f"#!/bin/bash\n[[ $* == *doctor* ]] || exit 0\n{warned}")
+    write_srun(job, f"[[ $* == *doctor* ]] || exit 0\n{warned}")
     assert run(job, "small.yaml").returncode == 75
     assert recorded(job, "python").calls[-1] == requeue(75)
     assert len(list(job.glob("*.srun"))) == 1
@@ -460,9 +520,10 @@ def test_a_warning_during_the_preflight_leads_to_a_requeue(job: Path, left_with:
 @pytest.mark.parametrize(("left_with", "status"), [(138, 75), (143, 75), (1, 75), (2, 2), (0, 0)])
 def test_a_warning_that_ranks_do_not_survive_asks_for_another_start(job: Path, left_with: int, status: int) -> None:
     """It may come while they start python, before anything listens to signals."""
-    (job / "bin/srun").write_text(
-        "#!/bin/bash\n[[ $* == *'hpctrain train'* ]] || exit 0\n"
-        f"trap 'exit {left_with}' USR1\nkill -USR1 $PPID\nfor ((i = 0; i < 600; i++)); do sleep 0.1; done\n"
+    write_srun(
+        job,
+        "[[ $* == *'hpctrain train'* ]] || exit 0\n"
+        f"trap 'exit {left_with}' USR1\nkill -USR1 $PPID\nfor ((i = 0; i < 600; i++)); do sleep 0.1; done\n",
     )
     assert run(job, "small.yaml").returncode == status
     assert (requeue(75) in recorded(job, "python").calls) == (status == 75)
@@ -474,9 +535,10 @@ def test_a_warning_before_training_begins_is_not_lost(job: Path) -> None:
     assert "    srun_pid=$!\n" in text
     script = job / "train.sbatch"
     script.write_text(text.replace("    srun_pid=$!\n", "    kill -USR1 $$\n    srun_pid=$!\n"))
-    (job / "bin/srun").write_text(
-        "#!/bin/bash\n[[ $* == *doctor* ]] || exit 0\ntrap 'touch warned; exit 75' USR1\ntouch listens\n"
-        "for ((i = 0; i < 600; i++)); do /bin/sleep 0.1; done\n"
+    write_srun(
+        job,
+        "[[ $* == *doctor* ]] || exit 0\ntrap 'touch warned; exit 75' USR1\ntouch listens\n"
+        "for ((i = 0; i < 600; i++)); do /bin/sleep 0.1; done\n",
     )
     (job / "bin/sleep").write_text("#!/bin/bash\nuntil [[ -e listens ]]; do /bin/sleep 0.05; done\n")
     (job / "bin/sleep").chmod(0o755)
@@ -528,11 +590,11 @@ def test_a_run_directory_can_be_gone_on_in(job: Path) -> None:
 @pytest.mark.parametrize("name", ["USR1", "USR2", "TERM"])
 def test_signals_are_passed_on_and_waited_for(job: Path, name: str) -> None:
     """A rank needs its time after the signal: it writes a checkpoint and leaves with 75."""
-    srun = job / "bin/srun"
-    srun.write_text(
-        "#!/bin/bash\n[[ $* == *'hpctrain train'* ]] || exit 0\n"
+    write_srun(
+        job,
+        "[[ $* == *'hpctrain train'* ]] || exit 0\n"
         f"trap 'sleep 0.5; echo {name} came; exit 75' {name}\necho $$ > pid\ntouch ready\n"
-        "for ((i = 0; i < 600; i++)); do sleep 0.1; done\n"
+        "for ((i = 0; i < 600; i++)); do sleep 0.1; done\n",
     )
     (job / "bin/scancel").write_text('#!/bin/bash\n[[ $* == "--signal=TERM 30077" ]] && kill -s TERM "$(<pid)"\n')
     process = subprocess.Popen(

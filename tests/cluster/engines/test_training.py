@@ -5,6 +5,7 @@ Results carry what only a real cluster has: bytes through each card, the schedul
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def test_torch_by_the_shipped_script_on_shards_that_each_node_has_copied(
 ) -> None:
     """To its own /tmp, which no other node sees."""
     before, data = traffic_of(slurm), slurm.shared / "digits"
+    version = hashlib.sha256((data / "dataset.json").read_bytes()).hexdigest()[:12]
+    copy = f"/tmp/disk/digits-{version}"
     env = {
         "HPCTRAIN_ENGINE": "torch",
         "HPCTRAIN_MPI": "none",
@@ -44,9 +47,9 @@ def test_torch_by_the_shipped_script_on_shards_that_each_node_has_copied(
     assert_same_as_alone(slurm, training, alone, before)
     files = sum(1 for path in data.iterdir() if path.name != "dataset.json")
     for name in slurm.names:
-        told = f"stage_in.sh: {name}: {files} of {files} files copied to /tmp/disk/digits, all checked"
+        told = f"stage_in.sh: {name}: {files} of {files} files copied to {copy}, all checked"
         assert told in training.job.output, training.job.output
-    assert load_config(training.run / "config.yaml").data.path == "/tmp/disk/digits"
+    assert load_config(training.run / "config.yaml").data.path == copy
 
 
 def test_scaling_over_one_two_and_four_nodes(slurm: Slurm, config: Path) -> None:
