@@ -14,4 +14,4 @@ def parse_size(text: str, base: int) -> int | None:
     if match is None:
         return None
     power = _LETTERS.index(match["letter"]) + 1 if match["letter"] else 0
-    return round(float(match["number"]) * base**power)
+    return round(float(match["number"]) * float(base) ** power)

@@ -63,14 +63,10 @@ def prepare(
 ) -> Submission:
     """The submission that was asked for. Raises UserError where config, site and request do not go together."""
     _refuse_outer_allocation(environ)
-    engine = [] if request.engine is None else [f"comm.engine={request.engine}"]
-    overrides = [*overrides, *engine]
-    config = load_config(config_path, overrides)
-    if site_path is None and not environ.get(SITE):
-        raise UserError(
-            f"no site file: name one with --site or {SITE} (slurm/sites has examples, template.env explains the keys)"
-        )
-    site = load_site(site_path or Path(environ[SITE]), environ)
+    site = _load_site(site_path, environ)
+    overrides = [*overrides, *_engine(request.engine)]
+    # As the job will read it: the script puts the site's engine before what is asked for here.
+    config = load_config(config_path, [*_engine(site.engine), *overrides])
     script = _find_script(environ)
     runs = _runs(site)
     stem = config_path.stem
@@ -86,13 +82,13 @@ def prepare(
     sets = [word for override in overrides for word in ("--set", override)]
     asked = [f"--{name}={value}" for name, value in options.items() if value is not None]
     return Submission(
-        ("sbatch", *switches, *asked, *_more(request.more), str(script), str(config_path), *sets),
-        {SITE: str(site.path.absolute()), HOME: str(script.parent.parent)},
-        script,
-        runs,
-        log,
-        _escaped(environ[RUN_DIR]) if environ.get(RUN_DIR) else _escaped(str(runs / stem)) + "-%j",
-        re.split("[-,%]", request.array or "")[0],
+        argv=("sbatch", *switches, *asked, *_more(request.more), str(script), str(config_path), *sets),
+        environment={SITE: str(site.path.absolute()), HOME: str(script.parent.parent)},
+        script=script,
+        runs=runs,
+        log=log,
+        run_dir=_escaped(environ[RUN_DIR]) if environ.get(RUN_DIR) else _escaped(str(runs / stem)) + "-%j",
+        first_task=re.split("[-,%]", request.array or "")[0],
     )
 
 
@@ -147,6 +143,19 @@ def _refuse_outer_allocation(environ: Mapping[str, str]) -> None:
             f"this shell has the variables of another allocation ({left_over[0]}={environ[left_over[0]]}), which the "
             f"job would take for its own: submit from a login shell, or `unset {' '.join(left_over)}` first"
         )
+
+
+def _load_site(path: Path | None, environ: Mapping[str, str]) -> Site:
+    if path is None and not environ.get(SITE):
+        raise UserError(
+            f"no site file: name one with --site or {SITE} (slurm/sites has examples, template.env explains the keys)"
+        )
+    return load_site(path or Path(environ[SITE]), environ)
+
+
+def _engine(name: str | None) -> Sequence[str]:
+    """What sets the engine to ``name``, if one is named."""
+    return [] if name is None else [f"comm.engine={name}"]
 
 
 def _find_script(environ: Mapping[str, str]) -> Path:

@@ -128,6 +128,18 @@ def test_where_requeueing_is_forbidden_somebody_has_to_say_how_to_go_on(here: Pa
     assert "--no-requeue" in prepared(Request(1), "launch.max_requeues=0").argv
 
 
+def test_the_configuration_is_checked_with_the_sites_engine(here: Path) -> None:
+    """The job lays it over the file: what goes with the file's own alone would fail after hours in the queue."""
+    (here / "small.yaml").write_text(f"{CONFIG}comm: {{horovod: {{cycle_time_ms: 1}}}}\n")
+    text = "horovod.cycle_time_ms is a setting of Horovod's, but engine is torch: leave it out"
+    assert text in refusal(Request(1), HPCTRAIN_ENGINE="torch")
+    (here / "gpu.env").write_text(f"{GPU_SITE}HPCTRAIN_ENGINE=torch\n")
+    assert text in refusal(Request(1))
+    assert prepared(Request(1, engine="horovod")), "--engine comes before the site's"
+    (here / "small.yaml").write_text(f"{CONFIG}comm: {{engine: serial}}\n")
+    assert "comm.engine=torch" not in prepared(Request(2)).argv, "the script knows the site's engine itself"
+
+
 def test_the_site_may_come_from_the_environment(here: Path) -> None:
     submission = prepared(Request(1), site=None, HPCTRAIN_SITE="gpu.env", HPCTRAIN_RUNS="elsewhere")
     assert submission.environment["HPCTRAIN_SITE"] == f"{here}/gpu.env"
