@@ -43,7 +43,7 @@ def job(tmp_path: Path) -> Path:
     (tmp_path / "bin").mkdir()
     (tmp_path / "small.yaml").write_text("model: {name: dense}\n")
     Double(tmp_path / "bin", "srun", first=MPI_LIST)
-    Double(tmp_path / "bin", "scontrol", stdout="n1\nn2\n")
+    Double(tmp_path / "bin", "scontrol", stdout="127.0.0.1\nn2\n")
     Double(tmp_path / "bin", "scancel")
     Double(tmp_path / "bin", "python")
     return tmp_path
@@ -106,7 +106,7 @@ def test_the_checkout_is_that_of_the_script_that_was_submitted(job: Path, way: s
     checkout = job / "a check out"
     checkout.symlink_to(SLURM.parent)
     told = f"   JobName=x\n   Command={checkout}/slurm/train.sbatch small.yaml\n   WorkDir=/elsewhere\n"
-    Double(job / "bin", "scontrol", stdout=told if way == "Command" else "n1\n")
+    Double(job / "bin", "scontrol", stdout=told if way == "Command" else "127.0.0.1\n")
     where = {"SLURM_SUBMIT_DIR": "/elsewhere", way: str(checkout)}
     stage = {"HPCTRAIN_STAGE": packed(job), "HPCTRAIN_SCRATCH": "/disk"}
     done = run(job, "small.yaml", script=of_slurm(job, TRAIN), **where, **stage)
@@ -177,7 +177,7 @@ def test_what_training_is_started_with(job: Path) -> None:
         ),
     ]
     environ = srun.environ
-    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("n1", "15077")
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("127.0.0.1", "15077")
     assert not (job / "runs/small-30077/nccl").exists()
 
 
