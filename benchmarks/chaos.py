@@ -16,7 +16,6 @@ it, less a step's own time.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -31,13 +30,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ranks import conclude
+from benchmarks.ranks import bare_parser, conclude
 from hpctrain.metrics.launches import read_launches
+from hpctrain.metrics.layout import LAUNCHES_FILE
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.train.samples import samples_seen
 from tests.cluster.slurm import Slurm, slurm_obstacle
 from tests.cluster.slurm_job import ENDED
-from tests.cluster.training import Training, digits_config, kill_ranks, record_of, submit, train_alone
+from tests.cluster.training import Training, digits_config, kill_ranks, lines_of, record_of, submit, train_alone
 
 NODES, RATE = 2, "200mbit"
 #: steps between two kills; a checkpoint is written every 5, so that each start gets further than the one before
@@ -241,6 +241,7 @@ def judge(training: Training, alone: Path, kills: list[Kill]) -> dict[str, Any]:
         "passed": completed and bitwise and samples["lost"] == samples["doubled"] == by_hand == 0,
         "kills_survived": len(kills), "by_hand": by_hand, "bitwise_equal": bitwise, "samples": samples,
         "lost_s": lost_s, "by_cause": by_cause(kills), "launch": record["launch"],
+        "launches": lines_of(training.run / LAUNCHES_FILE),
         "slurm": {key: facts[key] for key in ("JobState", "Restarts", "NodeList", "SubmitTime", "EndTime")},
         "sacct": training.job.sacct("JobIDRaw", "State", "NodeList", "Elapsed", "ExitCode"),
         "kills": [asdict(kill) for kill in kills],
@@ -248,10 +249,9 @@ def judge(training: Training, alone: Path, kills: list[Kill]) -> dict[str, Any]:
 
 
 def main() -> int:
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options = bare_parser(__doc__)
     options.add_argument("--kills", type=int, default=100)
     options.add_argument("--seed", type=int, default=0, help="of the order and the steps")
-    options.add_argument("--json", type=Path, help="write the result there")
     asked = options.parse_args()
     if (reason := slurm_obstacle()) is not None:
         options.error(f"no Slurm can be brought up here: {reason}")

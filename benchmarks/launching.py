@@ -23,6 +23,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -112,8 +113,7 @@ def measure_submit(slurm: Slurm, rounds: int, draw: random.Random) -> Part:
 def start_once(slurm: Slurm, num_nodes: int) -> Part:
     """One job of one step, from allocation on: what ``split`` tells, the preflight's own figures, and what Slurm and
     the network cards tell of the job, bytes since its submission."""
-    marks = slurm.shared / f"marks-{random.getrandbits(32):08x}"
-    marks.mkdir()
+    marks = Path(tempfile.mkdtemp(prefix="marks-", dir=slurm.shared))
     # Bash reads the file that BASH_ENV names before a script: the first moment of train.sbatch.
     first = marks / "first.sh"
     first.write_text(f'[[ -e "{marks}/script" ]] || echo "$EPOCHREALTIME" >"{marks}/script"\n')

@@ -14,6 +14,7 @@ import json
 import random
 import statistics
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ Rounds = dict[str, list[dict[str, dict[str, Any]]]]
 def train(cluster: Cluster, engine: str, compression: str, steps: int) -> dict[str, Any]:
     """One run's record, in short."""
     sets = [f"train.max_steps={steps}", f"comm.engine={engine}", f"gradients.compression={compression}"]
-    run_dir = cluster.shared / f"{engine}-{compression}-{random.getrandbits(32):08x}"
+    run_dir = Path(tempfile.mkdtemp(prefix=f"{engine}-{compression}-", dir=cluster.shared))
     argv = ["-m", "hpctrain", "train", str(CONFIG), "--run-dir", str(run_dir)]
     argv += [part for one in sets for part in ("--set", one)]
     done = launch_on(cluster, [sys.executable, *argv], JOB_LIMIT_S, env={"OMP_NUM_THREADS": "1"})

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpctrain.bench.command import write_result
+from hpctrain.bench.command import require_writable, write_result
+from hpctrain.errors import UserError
 from tests.parallel.launch import LAUNCHER_OF_ENGINE, Run, launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +33,11 @@ def launcher_of(engine: str, ranks: int) -> str:
 
 def missing_launcher(engine: str, ranks: int) -> str | None:
     """Why ``ranks`` ranks cannot be started under ``engine``'s launcher, or None."""
-    program = {"plain": None, "torchrun": None}.get(launcher_of(engine, ranks), launcher_of(engine, ranks))
-    return f"{program} is not on PATH" if program and shutil.which(program) is None else None
+    launcher = launcher_of(engine, ranks)
+    # These two are this Python's own.
+    if launcher in ("plain", "torchrun") or shutil.which(launcher):
+        return None
+    return f"{launcher} is not on PATH"
 
 
 def run(engine: str, ranks: int, device: str, command: Sequence[str], limit_s: float) -> Run:
@@ -60,10 +64,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def bare_parser(description: str | None) -> argparse.ArgumentParser:
     """The options of all scripts."""
     options = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    options.add_argument("--json", type=Path, help="write the result there")
+    options.add_argument("--json", type=writable, help="write the result there")
     # Asked to stop, leave by an exception, which ends the ranks too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return options
+
+
+def writable(name: str) -> Path:
+    """Of a result; ArgumentTypeError for a file that could not be written after all has been measured."""
+    try:
+        require_writable(Path(name))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(name)
 
 
 def conclude(record: Mapping[str, Any], json_file: Path | None) -> int:
