@@ -3,7 +3,8 @@
 It asks Slurm to start this job anew, at most ``launch.max_requeues`` times; the run goes on in its run directory.
 Ranks that left with ``exits.PREEMPTED`` may always go on. After a fault it is worth while where a node was lost, where
 this start has written a checkpoint, and once from each checkpoint: what fails twice from there would fail a third time.
-A start that failed before it began to train is repeated once, if an earlier one of the same job has trained.
+A start that failed before it began to train is repeated once, if an earlier one of the same job has trained. The tasks
+of an array are starts of one job, and Slurm need not be asked for the next one: it follows unless this one says no.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpctrain.config.launch import LaunchConfig
@@ -19,11 +21,12 @@ from hpctrain.errors import HpctrainError, MachineError, UserError
 from hpctrain.launch.durations import parse_duration
 from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.slurm import SlurmRefusal, ask_slurm
-from hpctrain.metrics.launches import read_launches
-from hpctrain.metrics.layout import CHECKPOINTS, list_checkpoints, step_of
+from hpctrain.metrics.launches import Launch, read_launches
+from hpctrain.metrics.layout import CHECKPOINTS, list_checkpoints
 from hpctrain.topology.voice import sentence
 
-_REMEDY = "to go on, submit it again with HPCTRAIN_RUN_DIR set to its run directory"
+_RESUBMIT = "submit it again with HPCTRAIN_RUN_DIR set to its run directory"
+_REMEDY = f"to go on, {_RESUBMIT}"
 
 #: What Slurm says of a job that it is ending itself. Cancelled, it is not to start again; preempted, Slurm starts it.
 _ENDING = ("COMPLETING", "CANCELLED", "PREEMPTED")
@@ -43,66 +46,92 @@ class NotRequeued(UserError):
         self.exit_code = exit_code
 
 
+@dataclass(frozen=True)
+class _Start:
+    """This start of a job, in Slurm's numbers. ``array`` is None for a job that is in none."""
+
+    job: str
+    restarts: int
+    array: str | None
+    task: int
+
+    def follows(self, launch: Launch) -> bool:
+        """Whether ``launch`` was of the same job, the tasks of an array being one."""
+        return launch.job == self.job if self.array is None else launch.array == self.array
+
+    def starts_since(self, launch: Launch) -> int:
+        """How many starts after that of ``launch`` this one is; 0 for the same."""
+        return self.restarts - launch.slurm_restarts if self.task == launch.task else self.task - launch.task
+
+
 def requeue(config: LaunchConfig, environ: Mapping[str, str], run_dir: Path, status: int) -> str:
     """Have Slurm start the job that ``environ`` tells of again; what was done, as one sentence.
 
     Its ranks trained in ``run_dir`` and left with ``status``. Raises NotRequeued where the job may not be started again
     or another start promises nothing, UserError outside of a job.
     """
-    job, restarts = _job_of(environ), int(environ.get("SLURM_RESTART_COUNT", "0"))
-    why = "" if status == PREEMPTED else f", {_promise(job, restarts, environ, run_dir, status)}"
-    if "SLURM_ARRAY_JOB_ID" in environ:
-        raise NotRequeued(_hand_over(environ), PREEMPTED)
+    start = _start_of(environ)
+    if start.array is not None:
+        _promise(start, environ, run_dir, status)
+        raise NotRequeued(_hand_over(start, environ), PREEMPTED)
     try:
-        if reason := _refusal(job, restarts, config, environ):
+        if reason := _refusal(start, config, environ):
             raise NotRequeued(reason, status)
-        _ask_patiently(["scontrol", "requeue", job], environ)
+        promise = _promise(start, environ, run_dir, status)
+        _ask_patiently(["scontrol", "requeue", start.job], environ)
     except (SlurmRefusal, MachineError) as error:
-        raise NotRequeued(f"Slurm does not start job {job} again ({error}): {_REMEDY}", status) from None
-    return f"job {job} is requeued ({restarts + 1} of at most {config.max_requeues}){why}"
+        raise NotRequeued(f"Slurm does not start job {start.job} again ({error}): {_REMEDY}", status) from None
+    return f"job {start.job} is requeued ({start.restarts + 1} of at most {config.max_requeues}){promise}"
 
 
-def _job_of(environ: Mapping[str, str]) -> str:
+def _start_of(environ: Mapping[str, str]) -> _Start:
     job = environ.get("SLURM_JOB_ID", "")
     if not job.isdecimal():
         raise UserError("there is no job to requeue (SLURM_JOB_ID is not set): `hpctrain requeue` is for job scripts")
-    return job
+    restarts, task = (int(environ.get(f"SLURM_{name}", "0")) for name in ("RESTART_COUNT", "ARRAY_TASK_ID"))
+    return _Start(job, restarts, environ.get("SLURM_ARRAY_JOB_ID"), task)
 
 
-def _promise(job: str, restarts: int, environ: Mapping[str, str], run_dir: Path, status: int) -> str:
-    """Why another start may go on where this one failed. Raises NotRequeued if it would fail there too."""
-    hopeless = _hopeless(run_dir, job, restarts)
-    if not hopeless:
-        return f"after a fault (exit status {status})"
-    if silence := _silence(environ):
-        return f"since a node of it does not answer ({silence})"
-    raise NotRequeued(
-        f"job {job} is not started again: it failed (exit status {status}) {hopeless}, and its nodes answer; "
-        f"find the fault above, then {_REMEDY.removeprefix('to go on, ')}",
-        status,
+def _promise(start: _Start, environ: Mapping[str, str], run_dir: Path, status: int) -> str:
+    """Why another start may get further, as the end of a sentence. Raises NotRequeued if it would fail there too."""
+    if status == PREEMPTED:
+        return ""
+    failure = _hopeless_failure(start, run_dir, status)
+    if failure is None:
+        return f", after a fault (exit status {status})"
+    if silence := _silent_node(environ):
+        return f", since a node of it does not answer ({silence})"
+    end = (
+        f"job {start.job} is not started again"
+        if start.array is None
+        else f"array {start.array} ends with task {start.task}"
     )
+    raise NotRequeued(f"{end}: {failure}, and its nodes answer; find the fault above, then {_RESUBMIT}", status)
 
 
-def _hopeless(run_dir: Path, job: str, restarts: int) -> str | None:
-    """Where this start of the job failed, if another one would fail there too; None if it promises something."""
+def _hopeless_failure(start: _Start, run_dir: Path, status: int) -> str | None:
+    """How this start failed, as a clause, if another one would fail there too; None where that may get further."""
+    failed = f"it failed (exit status {status})"
     launches = read_launches(run_dir)
-    last = next((launch for launch in reversed(launches) if launch.job == job), None)
+    last = next((launch for launch in reversed(launches) if start.follows(launch)), None)
     if last is None:
-        return "before it began to train"
-    not_begun = restarts - last.restarts
+        return f"{failed} before it began to train"
+    not_begun = start.starts_since(last)
     if not_begun > 1:
-        return "before it began to train, as the start before it"
-    # Below 0 this start is one that Slurm has given up; `_refusal` says so.
+        return f"{failed} before it began to train, as the start before it"
+    # Below 0 this start is one that Slurm has given up, whose word does not count.
     if not_begun:
         return None
-    if any(step_of(path) > last.step for path in list_checkpoints(run_dir / CHECKPOINTS)):
+    # Of later steps there may be spoilt ones too, which this launch has passed over.
+    if any(path.stat().st_mtime >= last.began_s for path in list_checkpoints(run_dir / CHECKPOINTS)):
         return None
     before = launches[last.number - 1] if last.number else None
-    failed_before = before is not None and before.step == last.step and not before.ended
-    return f"for the second time since step {last.step}, before a checkpoint" if failed_before else None
+    if before is None or before.ended or before.step != last.step:
+        return None
+    return f"{failed} for the second time since step {last.step}, before a checkpoint"
 
 
-def _silence(environ: Mapping[str, str]) -> str | None:
+def _silent_node(environ: Mapping[str, str]) -> str | None:
     """What srun says of a node on which it cannot run anything, or None when all nodes of the job answer.
 
     Slurm itself misses a node only after its SlurmdTimeout, minutes from now.
@@ -116,8 +145,9 @@ def _silence(environ: Mapping[str, str]) -> str | None:
     return None
 
 
-def _refusal(job: str, restarts: int, config: LaunchConfig, environ: Mapping[str, str]) -> str | None:
+def _refusal(start: _Start, config: LaunchConfig, environ: Mapping[str, str]) -> str | None:
     """Why the job may not be started again, or None where it may."""
+    job, restarts = start.job, start.restarts
     if restarts >= config.max_requeues:
         return (
             f"job {job} has been started again {restarts} times already (launch.max_requeues={config.max_requeues}): "
@@ -162,9 +192,8 @@ def _ran_to_its_limit(facts: str) -> bool:
     return run is not None and limit is not None and run >= limit
 
 
-def _hand_over(environ: Mapping[str, str]) -> str:
+def _hand_over(start: _Start, environ: Mapping[str, str]) -> str:
     """What an array's task has to say: the next one takes its place, if there is a next one."""
-    task, last = environ.get("SLURM_ARRAY_TASK_ID", ""), environ.get("SLURM_ARRAY_TASK_MAX", "")
-    if task == last:
-        return f"task {task} was the last of array {environ['SLURM_ARRAY_JOB_ID']}: {_REMEDY}"
-    return f"task {task} of array {environ['SLURM_ARRAY_JOB_ID']} ends here, the next one goes on"
+    if str(start.task) == environ.get("SLURM_ARRAY_TASK_MAX"):
+        return f"task {start.task} was the last of array {start.array}: {_REMEDY}"
+    return f"task {start.task} of array {start.array} ends here, the next one goes on"

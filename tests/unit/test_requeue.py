@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -165,16 +166,20 @@ ALONE = [
 
 def begin(launch: int, step: int, **slurm: str) -> dict[str, object]:
     """The line of a launch by the first start of job 77, unless told."""
-    size = {"world_size": 4, "train_samples": 100}
-    return {"launch": launch, "event": "begin", "step": step, **size, "slurm_job_id": "77", **slurm}
+    facts = {"world_size": 4, "train_samples": 100, "time": "2020-01-02T00:00:00+00:00"}
+    return {"launch": launch, "event": "begin", "step": step, **facts, "slurm_job_id": "77", **slurm}
 
 
-def run_of(folder: Path, *lines: dict[str, object], saved: int = 0) -> Path:
-    """A run directory with these lines in its list of launches, and a checkpoint of step ``saved``."""
+def run_of(folder: Path, *lines: dict[str, object], found: int = 0, saved: int = 0) -> Path:
+    """A run directory with these lines in its list of launches; its checkpoints are of step ``found``, which was there
+    when the last of them began, and of step ``saved``, which was not."""
     run = folder / "run"
     (run / "checkpoints/.step-000099.partial").mkdir(parents=True)
-    if saved:
-        (run / f"checkpoints/step-{saved:06d}").mkdir()
+    for step in filter(None, (found, saved)):
+        (run / f"checkpoints/step-{step:06d}").mkdir()
+    if found:
+        before_s = datetime(2020, 1, 1, tzinfo=UTC).timestamp()
+        os.utime(run / f"checkpoints/step-{found:06d}", (before_s, before_s))
     (run / "launches.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
@@ -188,39 +193,50 @@ PREEMPTED_AT_10 = {"launch": 0, "event": "end", "step": 10, "preempted": True, "
 
 
 @pytest.mark.parametrize(
-    ("lines", "saved"),
+    ("lines", "found", "saved"),
     [
-        pytest.param([begin(0, 0)], 0, id="for the first time"),
-        pytest.param([begin(0, 0), begin(1, 10)], 10, id="for the first time from a checkpoint"),
-        pytest.param([begin(0, 10), begin(1, 10)], 15, id="with a new checkpoint"),
-        pytest.param([begin(0, 10), PREEMPTED_AT_10, begin(1, 10)], 10, id="after a preemption"),
+        pytest.param([begin(0, 0)], 0, 0, id="for the first time"),
+        pytest.param([begin(0, 0), begin(1, 10)], 10, 0, id="for the first time from a checkpoint"),
+        pytest.param([begin(0, 10), begin(1, 10)], 10, 15, id="with a new checkpoint"),
+        pytest.param([begin(0, 10), begin(1, 10)], 0, 20, id="with a new one in the place of a spoilt one"),
+        pytest.param([begin(0, 10), PREEMPTED_AT_10, begin(1, 10)], 10, 0, id="after a preemption"),
     ],
 )
-def test_after_a_fault_a_job_is_started_again(tmp_path: Path, lines: list[dict[str, object]], saved: int) -> None:
+def test_after_a_fault_a_job_is_started_again(
+    tmp_path: Path, lines: list[dict[str, object]], found: int, saved: int
+) -> None:
     Double(tmp_path, "scontrol", stdout="JobId=77 Requeue=1\n")
-    told = after_fault(tmp_path, run_of(tmp_path, *lines, saved=saved))
+    srun = Double(tmp_path, "srun")
+    told = after_fault(tmp_path, run_of(tmp_path, *lines, found=found, saved=saved))
     assert told == "job 77 is requeued (1 of at most 10), after a fault (exit status 137)"
+    assert not srun.calls
+
+
+TWICE = "for the second time since step 10, before a checkpoint"
 
 
 @pytest.mark.parametrize(
-    ("lines", "where"),
+    ("lines", "found", "where"),
     [
-        pytest.param([begin(0, 0), begin(1, 0)], "for the second time since step 0, before a checkpoint", id="twice"),
-        pytest.param([], "before it began to train", id="not begun"),
-        pytest.param([begin(0, 0, slurm_job_id="76")], "before it began to train", id="begun by another job"),
+        pytest.param([begin(0, 10), begin(1, 10)], 10, TWICE, id="twice"),
+        pytest.param([begin(0, 10), begin(1, 10)], 20, TWICE, id="twice, having passed over a spoilt checkpoint"),
+        pytest.param([], 0, "before it began to train", id="not begun"),
+        pytest.param([begin(0, 0, slurm_job_id="76")], 0, "before it began to train", id="begun by another job"),
     ],
 )
-def test_what_promises_nothing_ends_with_its_status(tmp_path: Path, lines: list[dict[str, object]], where: str) -> None:
-    scontrol, srun = Double(tmp_path, "scontrol"), Double(tmp_path, "srun")
+def test_what_promises_nothing_ends_with_its_status(
+    tmp_path: Path, lines: list[dict[str, object]], found: int, where: str
+) -> None:
+    scontrol, srun = Double(tmp_path, "scontrol", stdout="JobId=77 Requeue=1\n"), Double(tmp_path, "srun")
     with pytest.raises(NotRequeued) as caught:
-        after_fault(tmp_path, run_of(tmp_path, *lines))
+        after_fault(tmp_path, run_of(tmp_path, *lines, found=found))
     assert caught.value.exit_code == 137
     assert str(caught.value) == (
         f"job 77 is not started again: it failed (exit status 137) {where}, and its nodes answer; "
         "find the fault above, then submit it again with HPCTRAIN_RUN_DIR set to its run directory"
     )
     assert srun.calls == [["--nodes=4", "--ntasks=4", *ALONE]]
-    assert not scontrol.calls
+    assert scontrol.calls == [["show", "job", "--oneliner", "77"]]
 
 
 def test_a_restart_that_fails_before_it_trains_is_repeated_once(tmp_path: Path) -> None:
@@ -267,9 +283,63 @@ def test_after_a_fault_a_refusal_leaves_with_the_status_of_the_fault(tmp_path: P
     assert caught.value.exit_code == 137
 
 
-def test_after_a_fault_an_arrays_next_task_goes_on(tmp_path: Path) -> None:
-    run = run_of(tmp_path, begin(0, 0))
-    array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "9"}
-    with pytest.raises(NotRequeued, match="the next one goes on") as caught:
-        after_fault(tmp_path, run, **array)
-    assert caught.value.exit_code == 75
+def test_a_job_that_may_not_be_started_again_does_not_keep_its_nodes_to_try_them(tmp_path: Path) -> None:
+    Double(tmp_path, "scontrol", stdout="JobId=77 Requeue=0\n")
+    srun = Double(tmp_path, "srun")
+    with pytest.raises(NotRequeued, match=re.escape("Slurm may not start job 77 again (--no-requeue")):
+        after_fault(tmp_path, run_of(tmp_path))
+    assert not srun.calls
+
+
+def begin_task(launch: int, task: int, step: int, restarts: int = 0) -> dict[str, object]:
+    """The line of a launch by a task of array 70. Each task is a job of its own."""
+    array = {"slurm_array_job_id": "70", "slurm_array_task_id": str(task), "slurm_restart_count": str(restarts)}
+    return begin(launch, step, slurm_job_id=str(71 + task), **array)
+
+
+def after_fault_in_task(folder: Path, task: int, run: Path, restarts: int = 0) -> NotRequeued:
+    more = {"SLURM_JOB_ID": str(71 + task), "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": str(task)}
+    with pytest.raises(NotRequeued) as caught:
+        after_fault(folder, run, SLURM_ARRAY_TASK_MAX="9", SLURM_RESTART_COUNT=str(restarts), **more)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("lines", "restarts"),
+    [
+        pytest.param([begin_task(0, 3, 0)], 0, id="that trained"),
+        pytest.param(
+            [begin_task(0, 1, 0), begin_task(1, 2, 5)], 0, id="that never began, the one before having trained"
+        ),
+        pytest.param([begin_task(0, 3, 0)], 1, id="that Slurm had started again, and that then never began"),
+        pytest.param([begin_task(0, 2, 0, restarts=7)], 0, id="that never began, the one before restarted often"),
+    ],
+)
+def test_after_a_fault_of_a_task_the_arrays_next_one_goes_on(
+    tmp_path: Path, lines: list[dict[str, object]], restarts: int
+) -> None:
+    scontrol, srun = Double(tmp_path, "scontrol"), Double(tmp_path, "srun")
+    told = after_fault_in_task(tmp_path, 3, run_of(tmp_path, *lines), restarts)
+    assert (str(told), told.exit_code) == ("task 3 of array 70 ends here, the next one goes on", 75)
+    assert not scontrol.calls and not srun.calls
+
+
+@pytest.mark.parametrize(
+    ("lines", "where"),
+    [
+        pytest.param([], "before it began to train", id="no task trained"),
+        pytest.param([begin_task(0, 1, 0)], "before it began to train, as the start before it", id="two in a row"),
+        pytest.param([begin_task(0, 2, 10), begin_task(1, 3, 10)], TWICE, id="twice from a checkpoint"),
+    ],
+)
+def test_an_array_whose_tasks_would_all_fail_ends(tmp_path: Path, lines: list[dict[str, object]], where: str) -> None:
+    """With a status other than 75, at which the job script cancels the tasks that wait."""
+    Double(tmp_path, "srun")
+    told = after_fault_in_task(tmp_path, 3, run_of(tmp_path, *lines))
+    assert told.exit_code == 137
+    assert str(told).startswith(f"array 70 ends with task 3: it failed (exit status 137) {where}, and its nodes answer")
+
+
+def test_where_a_node_is_silent_the_arrays_next_task_goes_on(tmp_path: Path) -> None:
+    Double(tmp_path, "srun", stderr="srun: error: Task launch failed on node n2: Communication failure\n", status=1)
+    assert after_fault_in_task(tmp_path, 3, run_of(tmp_path)).exit_code == 75
