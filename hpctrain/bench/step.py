@@ -45,7 +45,7 @@ def _refuse(config: Config) -> None:
 def measure(
     config: Config, session: Session, folder: Path, rounds: int, on_round: Callable[[int], None], mpi_is_held: bool
 ) -> dict[str, Any]:
-    """Build the variants, verify them, time them in ``rounds`` rounds; the JSON record. Collective.
+    """Build the variants, verify them, time them in ``rounds`` rounds; on rank 0 the JSON record. Collective.
 
     ``config`` has ``FIXED`` laid over it; our loop logs into ``folder``. Over MPI, Horovod's own optimizer takes part
     only where MPI was started before the session was opened: ``mpi_is_held``. Raises UserError for a configuration
@@ -53,7 +53,7 @@ def measure(
     """
     _refuse(config)
     comm = session.comm
-    provenance = Provenance(sorted(set(comm.all_gather_object(comm.topology.host))))
+    provenance = Provenance.of_job(comm)
     dataset = open_data(comm, config)
     parts = build_parts(config, plan_for(config, dataset, comm.topology), session)
     loop = loops.make_loop(parts, dataset, session, folder)
@@ -70,13 +70,15 @@ def measure(
     )
     loop.journal.close()
     parts.exchange.close()
-    return _record(loop, variants, samples, rounds) | {
+    record = _record(loop, variants, samples, rounds) | {
         "verified": {"steps": VERIFIED_STEPS, "tolerance": TOLERANCE[config.train.precision], "apart": differences},
         "unavailable": unavailable,
         "sentence": sentence(compare(samples), unavailable),
         "engine_choice": session.engine_reason,
-        "provenance": provenance.to_record(),
     }
+    if provenance is not None:
+        record["provenance"] = provenance.to_record()
+    return record
 
 
 def _variants(loop: Loop, batches: Sequence[loops.Ready], mpi_is_held: bool) -> tuple[list[Variant], dict[str, str]]:

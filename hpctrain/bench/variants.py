@@ -59,7 +59,7 @@ def make_loop(parts: Parts, dataset: Dataset, session: Session, folder: Path) ->
     sinks = open_sinks(parts.config, run, progress) if parts.comm.rank == 0 else []
     journal = Journal(parts, feeds, SilentDisplay(), sinks, folder)
     saver = Saver(parts, run.checkpoints, progress.step)
-    return Loop(parts, progress, feeds.train_batches(progress), feeds.evaluate, journal, run, saver, session.turns)
+    return Loop(parts, progress, feeds.train_batches(progress), feeds.evaluate, journal, saver, session.turns)
 
 
 def ready_batches(parts: Parts, dataset: Dataset, session: Session) -> list[Ready]:

@@ -43,7 +43,10 @@ class Summary:
 
 
 class Display(Protocol):
-    """Called by the loop on every rank; ``close`` always, at the end or on the way out of an error."""
+    """Called by the loop on every rank; ``close`` always, at the end or on the way out of an error.
+
+    After it only messages and ``finish`` may come.
+    """
 
     def start(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Show the plan: a title, then name and value of each row."""
@@ -61,7 +64,7 @@ class Display(Protocol):
         """Show what the run ended with."""
 
     def close(self) -> None:
-        """Leave the terminal as it was; further calls do nothing."""
+        """Leave the terminal as it was; to do so again does nothing."""
 
 
 def make_display(
@@ -203,7 +206,6 @@ class TerminalDisplay:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def finish(self, summary: Summary) -> None:
-        self._progress.stop()
         self.message(_block("finished", summary.rows()))
 
     def close(self) -> None:

@@ -17,13 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 import hpctrain
 from hpctrain.metrics.container import container, container_sha256
 from hpctrain.topology.gpus import read_gpus
+
+if TYPE_CHECKING:
+    from hpctrain.comm.base import Communicator
 
 #: distributions whose versions are recorded; of DALI, CuPy and NCCL at most one build is installed
 DISTRIBUTIONS = (
@@ -66,6 +69,15 @@ class Provenance:
         }
         self._record = {name: self._probe(name, probe) for name, probe in probes.items()}
         self._record["hosts"] = list(hosts)
+
+    @classmethod
+    def of_job(cls, comm: Communicator) -> Provenance | None:
+        """That of all ranks' job on rank 0, which writes records; None on the others. Collective.
+
+        Of a thousand ranks, each would ask git about the same checkout, on one shared file system.
+        """
+        hosts = comm.all_gather_object(comm.topology.host)
+        return cls(list(dict.fromkeys(hosts))) if comm.rank == 0 else None
 
     def to_record(self) -> dict[str, Any]:
         """The section ``provenance`` of a record: JSON values, times in UTC."""

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from hpctrain.comm.turns import Turns
+from hpctrain.config.plan import Plan
+from hpctrain.config.schema import TrainConfig
 from hpctrain.data.types import Batch
 from hpctrain.gradients.replicas import average_buffers, check_replicas
 from hpctrain.train.journal import Journal
 from hpctrain.train.parts import Parts
-from hpctrain.train.rundir import RunDirectory
 from hpctrain.train.saver import Saver
 from hpctrain.train.state import Evaluation, Progress
 from hpctrain.train.step import train_step
@@ -26,7 +27,6 @@ class Loop:
     batches: Iterator[Batch]
     evaluate: Callable[[], Evaluation]
     journal: Journal
-    run: RunDirectory
     saver: Saver
     turns: Turns
 
@@ -36,15 +36,15 @@ class Loop:
         Raises Stopped, between two steps or within an evaluation, where the ranks were asked to end before that; the
         evaluation is done again by the launch that goes on.
         """
-        progress, saver = self.progress, self.saver
-        self.parts.clock.resume(max(0, progress.step - 1))
-        while (reason := self.reason_to_stop()) is None:
+        parts, progress, saver = self.parts, self.progress, self.saver
+        parts.clock.resume(max(0, progress.step - 1))
+        while (reason := reason_to_stop(parts.plan, progress, parts.config.train)) is None:
             while self._steps_left():
                 self.step()
                 if saver.due(progress.step) and self._steps_left():
                     self.save()
             self._evaluate()
-            if not self.parts.plan.steps_left_in_epoch(progress.position):
+            if not parts.plan.steps_left_in_epoch(progress.position):
                 progress.next_epoch()
             if saver.at_epochs_end or saver.due(progress.step):
                 self.save()
@@ -95,21 +95,21 @@ class Loop:
             return False
         return progress.step >= plan.total_steps or (progress.epoch + 1) % every == 0
 
-    def reason_to_stop(self) -> str | None:
-        """What ends the run here, or None; equal on all ranks, since steps and evaluations are."""
-        progress, train = self.progress, self.parts.config.train
-        if progress.step >= self.parts.plan.total_steps and not progress.owes_evaluation:
-            return "finished"
-        if progress.target_reached(train.target_accuracy):
-            return f"target accuracy {train.target_accuracy} reached"
-        stopping = train.early_stopping
-        if stopping is not None and progress.evaluations_without_gain >= stopping.patience:
-            return f"no gain in {stopping.monitor} over {stopping.patience} evaluations"
-        return None
-
     def save(self) -> None:
         """Save this step, once. Collective."""
         if self.saver.saved_step != self.progress.step:
             self.journal.log(self.progress)
             self.parts.clock.enter("checkpoint")
             self.saver.save(self.progress)
+
+
+def reason_to_stop(plan: Plan, progress: Progress, train: TrainConfig) -> str | None:
+    """What ends the run where ``progress`` stands, or None; equal on all ranks, since steps and evaluations are."""
+    if progress.step >= plan.total_steps and not progress.owes_evaluation:
+        return "finished"
+    if progress.target_reached(train.target_accuracy):
+        return f"target accuracy {train.target_accuracy} reached"
+    stopping = train.early_stopping
+    if stopping is not None and progress.evaluations_without_gain >= stopping.patience:
+        return f"no gain in {stopping.monitor} over {stopping.patience} evaluations"
+    return None

@@ -20,7 +20,7 @@ from hpctrain.metrics.jsonfiles import write_json
 from hpctrain.topology.ranks import Topology, detect
 from hpctrain.train.build import build_feeds, build_parts, open_data, plan_for
 from hpctrain.train.resume import check_model, find_checkpoint, load_together
-from hpctrain.train.run import train
+from hpctrain.train.run import check_same_config, train
 from hpctrain.train.rundir import RunDirectory, default_run_dir
 from hpctrain.train.session import Session, open_session
 from hpctrain.train.state import Evaluation
@@ -39,14 +39,17 @@ def train_command(
     """
     requests = requests or Requests()
     with open_session(config.comm, config.train.device, requests.asked) as session:
+        is_main = session.comm.rank == 0
         path = on_rank_zero(session.comm, lambda: str(run_dir or default_run_dir(command.title)))
         run = open_run(session.comm, Path(path), config.comm.timeout_s + KILL_WAIT_S)
         try:
-            finished = train(config, session, run, resume, command, requests)
+            show_end = train(config, session, run, resume, command, requests)
         finally:
             run.close()
-    if not finished:
+    if show_end is None:
         raise SystemExit(PREEMPTED)
+    if is_main:
+        show_end()
 
 
 def open_run(comm: Communicator, path: Path, earlier_start_s: float) -> RunDirectory:
@@ -62,6 +65,9 @@ def eval_command(path: Path, overrides: list[str], json_file: Path | None) -> No
     folder = find_checkpoint(path).absolute()
     config = load_config(RunDirectory(folder.parent.parent).config, overrides)
     with open_session(config.comm, config.train.device) as session:
+        check_same_config(session.comm, config)
+        # Of a run that goes on, another rank may have found a newer one.
+        folder = Path(session.comm.broadcast_object(str(folder)))
         result = evaluate_checkpoint(config, session, folder)
         if session.comm.rank == 0:
             figures = asdict(result) | {"checkpoint": str(folder)}

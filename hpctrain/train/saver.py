@@ -30,13 +30,12 @@ class Saver:
     """Checkpoints of one run below ``folder``.
 
     ``saved_step`` is the step of the newest one, in the beginning of the one that the run goes on from.
-    ``samples`` is set where samples are logged. At most one checkpoint is being written; the next waits for it.
+    ``samples`` is there where samples are logged. At most one checkpoint is being written; the next waits for it.
     """
 
-    def __init__(self, parts: Parts, folder: Path, saved_step: int) -> None:
+    def __init__(self, parts: Parts, folder: Path, saved_step: int, samples: SampleLog | None = None) -> None:
         self.saved_step = saved_step
-        self.samples: SampleLog | None = None
-        self._parts, self._folder = parts, folder
+        self._parts, self._folder, self._samples = parts, folder, samples
         self._writer = CheckpointWriter(folder, parts.config.checkpoint.keep)
         self._exposed_s: list[float] = []
         self._saved_at_s: list[float] = [time.monotonic()]
@@ -62,8 +61,8 @@ class Saver:
         It is copied on return and written soon. Raises MachineError when the one before could not be written.
         """
         parts, started_s = self._parts, time.monotonic()
-        if self.samples is not None:
-            self.samples.flush()  # on all ranks before rank 0 can write: the comparison makes it wait for them
+        if self._samples is not None:
+            self._samples.flush()  # on all ranks before rank 0 can write: the comparison makes it wait for them
         parts.comm.arrive()
         check_replicas(parts.comm, parts.model.named_parameters())
         average_buffers(parts.comm, parts.model)
@@ -92,8 +91,8 @@ class Saver:
         Whether nothing is being written any more.
         """
         idle = self._writer.idle(_PATIENCE_S)
-        if self.samples is not None:
-            self.samples.close()
+        if self._samples is not None:
+            self._samples.close()
         return idle
 
     @property

@@ -2,64 +2,87 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from hpctrain.comm.agree import on_rank_zero
 from hpctrain.config.load import config_hash
 from hpctrain.metrics.clock import RunTimes
 from hpctrain.metrics.jsonfiles import read_log_if_any
+from hpctrain.metrics.launches import read_launches
 from hpctrain.metrics.picture import draw_learning_curve
-from hpctrain.metrics.progress import Summary
+from hpctrain.metrics.progress import Display, Summary
 from hpctrain.metrics.provenance import Provenance
 from hpctrain.metrics.record import parameters_sha256, write_record
 from hpctrain.metrics.stragglers import stragglers_of
 from hpctrain.train.build import Feeds
 from hpctrain.train.loop import Loop
+from hpctrain.train.rundir import RunDirectory
 
 #: Names of replaced samples kept in a record; their number is exact whatever it is.
 _NAMES_KEPT = 1000
 
 
-def finish(loop: Loop, feeds: Feeds, provenance: Provenance, notes: dict[str, Any], title: str) -> Summary:
-    """Write ``record.json`` and the learning curve on rank 0; returns the closing figures. Collective.
+def finish(
+    loop: Loop, feeds: Feeds, run: RunDirectory, provenance: Provenance | None, notes: dict[str, Any]
+) -> Summary:
+    """Write ``record.json`` on rank 0, which has the ``provenance``; returns the closing figures. Collective.
 
-    ``notes`` are further keys of the record: how the engine and loader were chosen, why the run ended.
+    ``notes`` are further keys of the record: how the engine was chosen, why the run ended.
     """
+    comm, progress = loop.parts.comm, loop.progress
     times = loop.parts.clock.summary()
-    record = build_record(loop, feeds, times, provenance) | notes
-    run = loop.run
+    ranks = comm.all_gather_object(_row_of_this_rank(loop, feeds, times))
 
     def write() -> None:
-        steps = read_log_if_any(run.steps)
-        write_record(run.record, record | {"stragglers": stragglers_of(steps)})
-        if steps:
-            draw_learning_curve(run.picture, steps, read_log_if_any(run.evals), title)
+        assert provenance is not None
+        record = build_record(loop, feeds, times) | notes
+        record["ranks"] = ranks
+        record["stragglers"] = stragglers_of(read_log_if_any(run.steps))
+        record["launch"] = _launch_record(loop, run)
+        record["provenance"] = provenance.to_record()
+        write_record(run.record, record)
 
-    on_rank_zero(loop.parts.comm, write)
-    accuracy = loop.progress.evaluation or {}
+    on_rank_zero(comm, write)
+    accuracy = progress.evaluation or {}
     return Summary(
         top1=accuracy.get("top1"),
         top5=accuracy.get("top5"),
-        images_per_s=record["throughput"]["images_per_s"]["median"],
-        minutes=loop.progress.train_s / 60,
-        picture=_if_there(run.picture),
+        images_per_s=times.throughput(loop.parts.plan.batch_global)["images_per_s"]["median"],
+        minutes=progress.train_s / 60,
+        picture=None,
         record=run.record,
     )
 
 
-def _if_there(path: Path) -> Path | None:
-    return path if path.exists() else None
+def show_end(run: RunDirectory, display: Display, summary: Summary, title: str) -> None:
+    """Draw the learning curve, and show the closing words.
+
+    No other rank may wait for it: from a busy file system, the import of matplotlib takes longer than a rank may.
+    """
+    steps = read_log_if_any(run.steps)
+    if steps:
+        draw_learning_curve(run.picture, steps, read_log_if_any(run.evals), title)
+        summary = replace(summary, picture=run.picture)
+    display.finish(summary)
 
 
-def build_record(loop: Loop, feeds: Feeds, times: RunTimes, provenance: Provenance) -> dict[str, Any]:
-    """The keys of ``record.json``. Collective: every rank tells its own part."""
+def _launch_record(loop: Loop, run: RunDirectory) -> dict[str, Any]:
+    launches = read_launches(run.path)
+    return {
+        "restarts": len(launches) - 1,
+        "preemptions": sum(launch.preempted for launch in launches),
+        "checkpoint": loop.saver.to_record(),
+    }
+
+
+def build_record(loop: Loop, feeds: Feeds, times: RunTimes) -> dict[str, Any]:
+    """The keys of ``record.json`` that this rank knows by itself."""
     parts, progress = loop.parts, loop.progress
     comm, config = parts.comm, parts.config
     evaluation: dict[str, Any] = progress.evaluation or {"top1": None, "top5": None, "seen": 0}
     versions = comm.versions()
     buffers = parts.exchange.buffers
-    ranks = comm.all_gather_object(_row_of_this_rank(loop, feeds, times))
     return {
         "config_hash": config_hash(config),
         "plan": parts.plan.to_record(),
@@ -85,10 +108,8 @@ def build_record(loop: Loop, feeds: Feeds, times: RunTimes, provenance: Provenan
             "reduction_choice": parts.exchange.transport.reason,
         },
         "engine": {"name": comm.name, "version": versions.get(comm.name), "versions": versions},
-        "ranks": ranks,
         "system": loop.journal.system.to_record(),
         "parameters_sha256": parameters_sha256(parts.model.named_parameters()),
-        "provenance": provenance.to_record(),
     }
 
 

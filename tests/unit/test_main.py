@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +16,12 @@ import pytest
 from hpctrain.config.load import load_config
 from hpctrain.config.schema import Config
 from hpctrain.errors import UserError
-from hpctrain.train.main import evaluate_checkpoint
+from hpctrain.topology.ranks import Topology
+from hpctrain.train import main
+from hpctrain.train.main import eval_command, evaluate_checkpoint
 from hpctrain.train.resume import find_checkpoint
 from hpctrain.train.run import check_same_config
+from hpctrain.train.session import Session
 from hpctrain.train.state import Evaluation
 from tests.unit.fake_group import FakeCommunicator, run_group
 from tests.unit.image_folders import image_folder
@@ -67,7 +73,8 @@ def test_ranks_with_different_configurations_do_not_start() -> None:
         return str(caught.value)
 
     sentence = (
-        "the configuration of rank 2, 3 is not that of rank 0: start all ranks with the same file and the same --set"
+        "the configuration of rank 2 (host2), 3 (host3) is not that of rank 0 (host0): start all ranks with the same "
+        "file, as their hosts see it, and the same --set"
     )
     assert run_group(4, rank) == [sentence] * 4
     run_group(4, lambda comm: check_same_config(comm, recipe()))
@@ -75,9 +82,10 @@ def test_ranks_with_different_configurations_do_not_start() -> None:
 
 def test_of_many_ranks_with_another_configuration_the_first_are_named() -> None:
     """A file that one node lacks the newest version of may be that of a thousand ranks."""
-    texts = ["a: 1\n", *["a: 2\n"] * 10]
-    comm: Any = SimpleNamespace(all_gather_object=lambda text: texts)
-    with pytest.raises(UserError, match=r"of rank 1, 2, 3, 4, 5, 6, 7, 8 and 2 more is not that of rank 0: start all"):
+    rows = [["n1", "a: 1\n"], *[["n2", "a: 2\n"]] * 10]
+    comm: Any = SimpleNamespace(topology=Topology(), all_gather_object=lambda row: rows)
+    named = ", ".join(rf"{rank} \(n2\)" for rank in range(1, 9))
+    with pytest.raises(UserError, match=rf"of rank {named} and 2 more is not that of rank 0 \(n1\): start all"):
         check_same_config(comm, recipe())
 
 
@@ -104,6 +112,43 @@ def test_eval_prints_and_writes_its_figures(tmp_path: Path, pictures: dict[str, 
         assert done.out.startswith(f"top-1 {accuracy['top1']:.2%}  top-5 {accuracy['top5']:.2%}  loss ")
         figures = json.loads((tmp_path / "eval.json").read_text())
         assert figures == {**accuracy, "checkpoint": str(newest)}
+
+
+def evaluate_on_two_ranks(monkeypatch: pytest.MonkeyPatch, *runs: Path, overrides: tuple[str, ...] = ("", "")) -> None:
+    """`hpctrain eval` of ``runs``, one a rank, as ranks find them before they have met; each with its own override."""
+    this = threading.local()
+
+    @contextmanager
+    def open_session(comm: object, device: str) -> Iterator[Session]:
+        yield session_of(this.comm)
+
+    def rank(comm: FakeCommunicator) -> None:
+        this.comm = comm
+        eval_command(runs[comm.rank], [text for text in [overrides[comm.rank]] if text], None)
+
+    monkeypatch.setattr(main, "open_session", open_session)
+    run_group(2, rank)
+
+
+def test_eval_judges_what_rank_0_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that goes on, the next rank may find a newer checkpoint; a sum over two models says nothing."""
+    run_here(recipe(train={"max_steps": 20}), tmp_path)
+    judged: list[Path] = []
+
+    def evaluate(config: Config, session: Session, folder: Path) -> Evaluation:
+        judged.append(folder)
+        return Evaluation(top1=0.5, top5=1.0, loss=0.5, seen=4)
+
+    monkeypatch.setattr(main, "evaluate_checkpoint", evaluate)
+    older, newer = (tmp_path / f"checkpoints/step-0000{step}" for step in (10, 20))
+    evaluate_on_two_ranks(monkeypatch, older, newer)
+    assert judged == [older, older]
+
+
+def test_eval_with_different_configurations_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(recipe(train={"max_steps": 2}), tmp_path)
+    with pytest.raises(UserError, match=r"the configuration of rank 1 \(host1\) is not that of rank 0 \(host0\)"):
+        evaluate_on_two_ranks(monkeypatch, tmp_path, tmp_path, overrides=("data.image_size=4", "data.image_size=8"))
 
 
 def test_eval_within_the_folder_of_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,8 @@ def show(display: Display) -> None:
     display.step(STEP)
     display.evaluation(EVAL)
     display.message("checkpoint step-001500 saved")
-    display.finish(SUMMARY)
     display.close()
+    display.finish(SUMMARY)
 
 
 def test_plain_lines_read_well_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ with closing(make_display(True, epochs=90, total_steps=45_000)) as display:
     display.evaluation(EVAL)
     display.message("checkpoint [bold] saved")
     time.sleep({pause_s})
-    display.finish(SUMMARY)
+display.finish(SUMMARY)
 """
 
 

@@ -16,6 +16,7 @@ import hpctrain
 from hpctrain.metrics import provenance
 from hpctrain.metrics.provenance import Provenance, command_line, loaded_modules, relevant_environment
 from hpctrain.topology.gpus import Gpus
+from tests.unit.fake_group import FakeCommunicator, run_group
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +32,14 @@ def test_record_tells_software_machine_and_time() -> None:
     assert datetime.fromisoformat(record["start_utc"]).utcoffset() is not None
     assert record["wall_s"] >= 0
     assert 0 <= record["steal_share"] <= 1
+
+
+def test_hosts_are_told_in_order_of_nodes_and_on_rank_0() -> None:
+    def rank(comm: FakeCommunicator) -> list[str] | None:
+        provenance = Provenance.of_job(comm)
+        return None if provenance is None else provenance.to_record()["hosts"]
+
+    assert run_group(4, rank, hosts=["n10", "n10", "n2", "n2"]) == [["n10", "n2"], None, None, None]
 
 
 def test_modules_are_told() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from PIL import Image
 from hpctrain.errors import UserError
 from hpctrain.launch.continuing import TrainCommand
 from hpctrain.metrics.record import parameters_sha256, read_record
-from hpctrain.train import loop
+from hpctrain.train import loop, main, summary
 from hpctrain.train.build import Feeds
 from hpctrain.train.checkpoint import load_checkpoint
 from hpctrain.train.main import train_command
+from hpctrain.train.session import Session, open_session
 from hpctrain.train.state import Evaluation
 from tests.unit.image_folders import image_folder
 from tests.unit.small_runs import lines_of, recipe, run_here, run_on
@@ -35,6 +38,30 @@ def test_a_run_leaves_what_a_report_needs(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     for file in ("record.json", "learning-curve.png"):
         assert str(tmp_path / file) in said
+
+
+def test_no_rank_waits_for_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a busy file system, the first import of matplotlib may take longer than a rank may be late."""
+    happened: list[str] = []
+
+    @contextmanager
+    def session(*args: Any) -> Iterator[Session]:
+        with open_session(*args) as opened:
+            yield opened
+        happened.append("closed")
+
+    monkeypatch.setattr(main, "open_session", session)
+    monkeypatch.setattr(summary, "draw_learning_curve", lambda *args: happened.append("drawn"))
+    train_command(recipe(train={"max_steps": 2}), TrainCommand(Path("small")), resume="auto", run_dir=tmp_path)
+    assert happened == ["closed", "drawn"]
+
+
+def test_rank_0_alone_asks_where_the_run_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("hpctrain.metrics.provenance._git_state", lambda: asked.append("git"))
+    record = run_on(3, recipe(train={"batch_per_worker": 2, "max_steps": 2}), tmp_path)
+    assert asked == ["git"]
+    assert record["provenance"]["hosts"] == ["host0", "host1", "host2"]
 
 
 @pytest.mark.parametrize(("compression", "dtype", "width"), [("none", "float32", 4), ("fp16", "float16", 2)])

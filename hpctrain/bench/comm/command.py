@@ -69,12 +69,12 @@ def measure(
     rounds: int,
     on_round: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Verify and time everything at ``sizes`` (bytes) in ``rounds`` rounds; the JSON record. Collective.
+    """Verify and time everything at ``sizes`` (bytes) in ``rounds`` rounds; on rank 0 the JSON record. Collective.
 
     Raises MachineError for a wrong result, UserError where memory is too small.
     """
     comm = session.comm
-    provenance = Provenance(sorted(set(comm.all_gather_object(comm.topology.host))))
+    provenance = Provenance.of_job(comm)
     cells = cells_of(all_cases(dtypes), sizes, comm.world_size)
     steps = itertools.count(1)
     bench = Bench(
@@ -95,9 +95,11 @@ def measure(
         "cases": describe_cases(samples, comm.world_size),
         "fit": describe_fits(samples, world_size=comm.world_size, hosts=hosts, engine=comm.name),
         "unavailable": {str(case): reason for case, reason in refused.items()},
-        "provenance": provenance.to_record(),
     }
-    return record | {"sentence": sentence(record)}
+    if provenance is not None:
+        record["provenance"] = provenance.to_record()
+        record["sentence"] = sentence(record)
+    return record
 
 
 def _protocol(rounds: int) -> dict[str, Any]:
