@@ -14,6 +14,7 @@ from hpctrain.config.load import NOT_HASHED
 from hpctrain.config.schema import Config
 from hpctrain.errors import UserError
 from hpctrain.scaling.runs import Run
+from hpctrain.topology.voice import listed
 
 #: Keys that set how large a run is; each series holds constant what its kind of scaling wants constant.
 SIZE_KEYS = ("train.batch_per_worker", "train.accumulation", "parallel.virtual_workers", "gradients.grid")
@@ -22,7 +23,9 @@ SIZE_KEYS = ("train.batch_per_worker", "train.accumulation", "parallel.virtual_w
 _ENGINE_OF_ONE = "serial"
 _STEERING = ("NCCL_", "UCX_", "OMP_")
 #: Share of the machine's time given to others from which a rate is no longer its own.
-_STEAL_TOLD = 0.01
+_STEAL_NOTED = 0.01
+#: Steps whose median no single hiccup moves by much.
+_ENOUGH_STEPS = 20
 _UNSET = "unset"
 
 Facts = dict[str, Any]
@@ -45,17 +48,25 @@ def refuse_differences(runs: Sequence[Run]) -> None:
 
 
 def remarks(runs: Sequence[Run]) -> list[str]:
-    """Sentences on what may colour the figures: software that differs, machines that were shared."""
-    told = [
+    """Sentences on what may colour the figures: software that differs, machines that were shared, few steps."""
+    differences = [
         f"{key} differs between runs: {_variants(values)}"
         for key, values in _collect(runs, _software)
         if len({str(value) for _, value in values}) > 1
     ]
-    for run in runs:
-        steal = run.record.provenance.get("steal_share")
-        if isinstance(steal, float) and steal > _STEAL_TOLD:
-            told.append(f"{run.path}: the hypervisor gave {steal:.1%} of the machine's time to others")
-    return told
+    return differences + [remark for run in runs for remark in _about(run)]
+
+
+def _about(run: Run) -> Iterator[str]:
+    """What may colour the rate of one run."""
+    steal, steps = run.record.provenance.get("steal_share"), run.steps_measured
+    counted = "1 step" if steps == 1 else f"{steps} steps"
+    if isinstance(steal, float) and steal > _STEAL_NOTED:
+        yield f"{run.path}: the hypervisor gave {steal:.1%} of the machine's time to others"
+    if run.restarts:
+        yield f"{run.path} has had {run.restarts + 1} launches: its rate is that of the last, from {counted}"
+    elif steps is not None and steps < _ENOUGH_STEPS:
+        yield f"{run.path}: its rate is that of {counted} alone"
 
 
 def _refuse(first: Run, run: Run, facts: Callable[[Run], Facts]) -> None:
@@ -145,7 +156,4 @@ def _variants(values: Sequence[tuple[Run, Any]]) -> str:
     by_value: dict[str, list[Run]] = {}
     for run, value in values:
         by_value.setdefault(str(value), []).append(run)
-    return "; ".join(
-        f"{value} in {runs[0].path}{f' and {len(runs) - 1} more' if len(runs) > 1 else ''}"
-        for value, runs in by_value.items()
-    )
+    return "; ".join(f"{value} in {listed([run.path for run in runs], 1)}" for value, runs in by_value.items())

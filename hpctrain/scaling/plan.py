@@ -17,14 +17,14 @@ Mode = Literal["strong", "weak", "both"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Asked:
-    """One run that is wanted: ``train.batch_per_worker`` on so many workers."""
+class PlannedRun:
+    """One run of a series: ``train.batch_per_worker`` on so many workers."""
 
     workers: int
     batch_per_worker: int
 
 
-def plan_series(config: Config, mode: Mode, workers: Sequence[int]) -> list[Asked]:
+def plan_series(config: Config, mode: Mode, workers: Sequence[int]) -> list[PlannedRun]:
     """The runs of a strong or a weak series over these numbers of workers, or of both; each once, by size.
 
     Raises UserError for fewer than two sizes, or where the global batch does not divide among the workers.
@@ -33,10 +33,10 @@ def plan_series(config: Config, mode: Mode, workers: Sequence[int]) -> list[Aske
     if len(sizes) < 2:
         raise UserError(f"a scaling series needs at least two sizes, not only {sizes[0]} workers: name another")
     batch = config.train.batch_per_worker
-    asked = {Asked(size, batch) for size in sizes} if mode != "strong" else set()
+    runs = {PlannedRun(size, batch) for size in sizes} if mode != "strong" else set()
     if mode != "weak":
-        asked |= {Asked(size, _share(batch * sizes[0], size, sizes[0])) for size in sizes}
-    return sorted(asked)
+        runs |= {PlannedRun(size, _share(batch * sizes[0], size, sizes[0])) for size in sizes}
+    return sorted(runs)
 
 
 def _share(held: int, size: int, smallest: int) -> int:

@@ -21,8 +21,9 @@ SCHEMA = 1
 
 #: What the figures mean; printed under every table and kept in the JSON.
 DEFINITIONS = (
-    "images/s, X: of a run, the median over its steps after warm-up (see the record's warm-up rule); of a size, the "
-    "median over its runs, with their 5th and 95th percentile beside it. No run is left out of either.",
+    "images/s, X: of a run, the median over the steps of its last launch after warm-up (see the record's warm-up "
+    "rule); of a size, the median over its runs, with their 5th and 95th percentile beside it. No run is left out of "
+    "either.",
     "speed-up S(n) = X(n) / X(b) on n units against b of the baseline; efficiency E(n) = S(n) b / n, where a unit is a "
     "worker ({worker}) or a node with all its workers.",
     "strong scaling: the global batch is constant, so that E(n) = T(b) b / (T(n) n) for the time T of given work; "
@@ -54,47 +55,47 @@ def make_report(paths: Sequence[Path], skip_unfinished: bool = False) -> Scaling
     """
     runs, unfinished = read_runs(paths, skip_unfinished)
     refuse_differences(runs)
-    series = find_series(runs)
+    found = find_series(runs)
     gpu = gpu_kinds(runs[0])
     cpu = (runs[0].record.provenance.get("cpu") or {}).get("model") or "unknown CPU"
     skipped = [f"{path} is left out: it has no {RECORD_FILE}, so its training has not ended" for path in unfinished]
-    told = [*skipped, *_about_series(series), *_about_runs(runs, series), *remarks(runs)]
+    notes = [*skipped, *_about_series(found), *_about_runs(runs, found), *remarks(runs)]
     engines = sorted({run.record.engine.name for run in runs})
     data = runs[0].record.data
     machine = (
         f"{gpu or f'CPUs ({cpu})'}; {runs[0].config.model.name}, {runs[0].config.data.image_size} px, "
         f"{'real' if data.real else 'synthetic'} pictures by {data.loader}, engine {' and '.join(engines)}"
     )
-    return ScalingReport(series, machine, "GPU" if gpu else "rank", tuple(dict.fromkeys(told)))
+    return ScalingReport(found, machine, "GPU" if gpu else "rank", tuple(dict.fromkeys(notes)))
 
 
-def _about_series(series: Sequence[Series]) -> Iterator[str]:
-    for some in series:
-        worker = some.baselines[0]
+def _about_series(found: Sequence[Series]) -> Iterator[str]:
+    for series in found:
+        worker = series.baselines[0]
         if not worker.wanted:
-            yield f"no run of {name_of(some)} has one worker: its efficiency is against the smallest, {named(worker)}"
-        if len(some.baselines) == 1 and some.points[-1].size.nodes > 1:
-            yield f"no two sizes of {name_of(some)} have as many workers a node: none is held against a node"
-        for node in some.baselines[1:]:
+            yield f"no run of {name_of(series)} has one worker: its efficiency is against the smallest, {named(worker)}"
+        if len(series.baselines) == 1 and series.points[-1].size.nodes > 1:
+            yield f"no two sizes of {name_of(series)} have as many workers a node: none is held against a node"
+        for node in series.baselines[1:]:
             if not node.wanted:
                 yield (
-                    f"no run of {name_of(some)} is on one such node: "
+                    f"no run of {name_of(series)} is on one such node: "
                     f"its efficiency by nodes is against the smallest, {named(node)}"
                 )
-        for baseline in some.baselines:
-            for point in some.points:
+        for baseline in series.baselines:
+            for point in series.points:
                 if baseline.applies(point) and (efficiency := baseline.efficiency(point)) > _ABOVE_ONE:
                     yield (
-                        f"{name_of(some)}, {point.size.workers} workers: {efficiency:.1%} is above 100 %: see that the "
-                        f"baseline, {baseline.point.runs[0].path}, ran undisturbed and at its best"
+                        f"{name_of(series)}, {point.size.workers} workers: {efficiency:.1%} is above 100 %: see that "
+                        f"the baseline, {baseline.point.runs[0].path}, ran undisturbed and at its best"
                     )
 
 
-def _about_runs(runs: Sequence[Run], series: Sequence[Series]) -> Iterator[str]:
-    for point in (point for some in series for point in some.points):
+def _about_runs(runs: Sequence[Run], found: Sequence[Series]) -> Iterator[str]:
+    for point in (point for series in found for point in series.points):
         for run, deviation in outliers(point):
             yield f"{run.path} is {deviation:+.1%} off the median of its size; it is counted all the same"
-    for run in left_out(runs, series):
+    for run in left_out(runs, found):
         yield f"{run.path} shares its global batch and its batch a worker with no other size, and is in no table"
 
 
@@ -119,17 +120,19 @@ def to_record(report: ScalingReport) -> dict[str, Any]:
         "remarks": list(report.remarks),
         "series": [
             {
-                "mode": some.mode,
-                "held": some.held,
-                "baselines": {
-                    of.unit: {"size": asdict(of.point.size), "wanted": of.wanted, "run": str(of.point.runs[0].path)}
-                    for of in some.baselines
-                },
-                "points": [_point_record(some, point) for point in some.points],
+                "mode": series.mode,
+                "held": series.held,
+                "baselines": {baseline.unit: _baseline_record(baseline) for baseline in series.baselines},
+                "points": [_point_record(series, point) for point in series.points],
             }
-            for some in report.series
+            for series in report.series
         ],
     }
+
+
+def _baseline_record(baseline: Baseline) -> dict[str, Any]:
+    point = baseline.point
+    return {"size": asdict(point.size), "wanted": baseline.wanted, "run": str(point.runs[0].path)}
 
 
 def _point_record(series: Series, point: Point) -> dict[str, Any]:
@@ -155,15 +158,15 @@ def _point_record(series: Series, point: Point) -> dict[str, Any]:
 def to_csv(report: ScalingReport) -> str:
     """A line for each size of each series. Efficiencies are fractions; an empty cell: not to be had."""
     lines = []
-    for some in to_record(report)["series"]:
-        for point in some["points"]:
-            line = {"mode": some["mode"], "workers": point["workers"], "nodes": point["nodes"]}
+    for series in to_record(report)["series"]:
+        for point in series["points"]:
+            line = {"mode": series["mode"], "workers": point["workers"], "nodes": point["nodes"]}
             line |= {key: point[key] for key in ("batch_per_worker", "accumulation", "batch_global")}
             line |= {"runs": len(point["runs"])}
             line |= {f"images_per_s_{key}": value for key, value in point["images_per_s"].items()}
             for unit in ("workers", "nodes"):
                 against = point["against"].get(unit, {"speed_up": None, "efficiency": None})
-                baseline = some["baselines"].get(unit)
+                baseline = series["baselines"].get(unit)
                 line |= {f"{key}_by_{unit}": value for key, value in against.items()}
                 line |= {f"baseline_{unit}": baseline["size"][unit] if baseline else None}
             lines.append(line)
@@ -172,7 +175,7 @@ def to_csv(report: ScalingReport) -> str:
 
 def runs_csv(report: ScalingReport) -> str:
     """A line for each run in any series, with the rates of its own record."""
-    runs = {run.path: run for some in report.series for point in some.points for run in point.runs}
+    runs = {run.path: run for series in report.series for point in series.points for run in point.runs}
     return _csv(
         {
             "run": str(run.path),
@@ -181,7 +184,7 @@ def runs_csv(report: ScalingReport) -> str:
             "accumulation": run.batch[1],
             "batch_global": run.batch_global,
             **{f"images_per_s_{key}": value for key, value in run.record.throughput.images_per_s.model_dump().items()},
-            "steps_measured": (run.record.throughput.model_extra or {}).get("steps_measured"),
+            "steps_measured": run.steps_measured,
         }
         for run in runs.values()
     )

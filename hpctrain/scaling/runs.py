@@ -5,7 +5,7 @@ Nothing else of a run is looked at, and whether runs compare is for ``comparable
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from hpctrain.config.schema import Config
 from hpctrain.errors import UserError
 from hpctrain.metrics.layout import CONFIG_FILE, RECORD_FILE
 from hpctrain.metrics.record import Record, read_record
+from hpctrain.topology.voice import listed
+
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -26,7 +29,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A finished run. ``rate`` is the median of its images/s after warm-up, over its steps."""
+    """A finished run. ``rate`` is the median of its images/s after warm-up, over the steps of its last launch."""
 
     path: Path
     record: Record
@@ -47,6 +50,17 @@ class Run:
         """What one worker takes: samples of a forward pass, and such passes in a step."""
         return self.record.plan.batch_per_worker, self.config.train.accumulation
 
+    @property
+    def steps_measured(self) -> int | None:
+        """How many steps its rate is made of; None where its record does not tell."""
+        return (self.record.throughput.model_extra or {}).get("steps_measured")
+
+    @property
+    def restarts(self) -> int:
+        """How often it was taken up again, each time by a launch that measures its own steps alone."""
+        launch: dict[str, int] = (self.record.model_extra or {}).get("launch") or {}
+        return launch.get("restarts", 0)
+
 
 def read_runs(paths: Sequence[Path], skip_unfinished: bool = False) -> tuple[list[Run], list[Path]]:
     """The finished runs in ``paths`` by size, batch and path, each once; and those that have not ended.
@@ -57,8 +71,9 @@ def read_runs(paths: Sequence[Path], skip_unfinished: bool = False) -> tuple[lis
     folders = sorted({found.resolve(): found for path in paths for found in _folders(path, skip_unfinished)}.values())
     unfinished = [folder for folder in folders if not (folder / RECORD_FILE).is_file()]
     if unfinished and (not skip_unfinished or unfinished == folders):
+        have = "has" if len(unfinished) == 1 else "have"
         raise UserError(
-            f"{_listed(unfinished)} {'has' if len(unfinished) == 1 else 'have'} no {RECORD_FILE}, so the training "
+            f"{listed(unfinished, _MOST_NAMED)} {have} no {RECORD_FILE}, so the training "
             "there has not ended: resume it, or leave such runs out with --skip-unfinished"
         )
     finished = [_read(folder) for folder in folders if folder not in unfinished]
@@ -80,10 +95,6 @@ def _folders(path: Path, skip_unfinished: bool) -> list[Path]:
 
 def _is_run(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
-
-
-def _listed(paths: Iterable[Path]) -> str:
-    return ", ".join(map(str, paths))
 
 
 def _read(folder: Path) -> Run:

@@ -92,8 +92,8 @@ def find_series(runs: Sequence[Run]) -> tuple[Series, ...]:
             f"all runs have {runs[0].size.workers} workers ({runs[0].path}), but scaling needs at least two sizes: "
             "add runs with another number of workers"
         )
-    strong = [_series("strong", held, some) for held, some in _grouped(runs, lambda run: run.batch_global)]
-    weak = [_series("weak", batch[0] * batch[1], some) for batch, some in _grouped(runs, lambda run: run.batch)]
+    strong = [_series("strong", held, group) for held, group in _grouped(runs, lambda run: run.batch_global)]
+    weak = [_series("weak", batch[0] * batch[1], group) for batch, group in _grouped(runs, lambda run: run.batch)]
     found = tuple(series for series in (*strong, *weak) if series is not None)
     if not found:
         batches = ", ".join(f"{run.size.workers} x {run.batch_global // run.size.workers}" for run in runs)
@@ -104,9 +104,9 @@ def find_series(runs: Sequence[Run]) -> tuple[Series, ...]:
     return found
 
 
-def left_out(runs: Iterable[Run], series: Iterable[Series]) -> list[Run]:
-    """Those of ``runs`` that no series takes."""
-    taken = {run.path for some in series for point in some.points for run in point.runs}
+def left_out(runs: Iterable[Run], found: Iterable[Series]) -> list[Run]:
+    """Those of ``runs`` that no series of ``found`` takes."""
+    taken = {run.path for series in found for point in series.points for run in point.runs}
     return [run for run in runs if run.path not in taken]
 
 

@@ -41,6 +41,6 @@ def write_run(
     values["throughput"]["images_per_s"] = {"median": rate, "p5": rate * 0.9, "p95": rate * 1.1}
     values["provenance"] = {"cpu": {"model": "a CPU"}, "versions": {"torch": "2.13.0+cpu"}, "steal_share": 0.0}
     for name, keys in (record or {}).items():
-        values[name] |= keys
+        values[name] = {**values.get(name, {}), **keys}
     write_record(folder / "record.json", values)
     return folder
