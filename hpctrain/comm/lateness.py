@@ -20,6 +20,11 @@ class Verdict:
     others: tuple[Heartbeat, ...]
     silent: bool
 
+    @property
+    def accused(self) -> tuple[int, ...]:
+        """The late ranks, unless all stand alike: then nobody is."""
+        return tuple(beat.rank for beat in self.late) if self.others else ()
+
 
 def find_late(before: Sequence[Heartbeat], now: Sequence[Heartbeat]) -> Verdict:
     """Judge two readings some seconds apart.

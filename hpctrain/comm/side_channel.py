@@ -2,7 +2,8 @@
 
 A collective that blocks cannot say who is late, and a rank that died cannot say why; this channel can, since its
 server's thread and its clients need neither the engine nor the interpreter lock of the blocked thread. It carries
-a few hundred bytes a second and rank; ``hpctrain.comm.watch`` decides what they mean.
+a few hundred bytes a second and rank, and all heartbeats to a rank that has waited past its limit while rank 0 found
+nobody late; ``hpctrain.comm.watch`` decides what they mean.
 """
 
 from __future__ import annotations

@@ -7,24 +7,25 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hpctrain.comm.patience import Limit
 from hpctrain.comm.process import end_process
 from hpctrain.topology.ranks import Topology
 
 
 @contextmanager
-def start_limit(topology: Topology, engine: str, limit_s: float, option: str) -> Iterator[None]:
-    """End this process when the block, which starts ``engine``, takes longer than ``limit_s``, set by ``option``.
+def start_limit(topology: Topology, engine: str, limit: Limit) -> Iterator[None]:
+    """End this process when the block, which starts ``engine``, takes longer than ``limit``.
 
     The block must leave the interpreter to other threads while it waits. Alone, a rank waits for nobody.
     """
     started = threading.Event()
 
     def wait() -> None:
-        if not started.wait(limit_s):
+        if not started.wait(limit.seconds):
             print(
                 f"hpctrain: rank {topology.rank} of {topology.world_size} on host {topology.host} has been waiting "
-                f"{limit_s:.0f} s for the engine ({engine}) to start: check that all ranks were started and that "
-                f"their hosts reach each other, or raise {option}",
+                f"{limit.seconds:.0f} s for the engine ({engine}) to start: check that all ranks were started and that "
+                f"their hosts reach each other, or raise {limit.option}",
                 file=sys.stderr,
                 flush=True,
             )

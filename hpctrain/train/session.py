@@ -12,6 +12,7 @@ import torch
 
 from hpctrain.comm import horovod_settings
 from hpctrain.comm.base import Communicator
+from hpctrain.comm.patience import Limit, Limits
 from hpctrain.comm.registry import choose, create
 from hpctrain.comm.side_channel import SideChannel
 from hpctrain.comm.start_limit import start_limit
@@ -80,8 +81,9 @@ def open_session(config: CommConfig, device: str, asked: Callable[[], str | None
     An exception that leaves the block ends the job on all ranks (``hpctrain.comm.abort``).
     """
     keep_freed_memory()
-    comm, channel, reason = _start_engine(config, device)
-    watch = Watch(channel, comm, config.timeout_s, config.startup_timeout_s)
+    limits = Limits(config.timeout_s, config.startup_timeout_s)
+    comm, channel, reason = _start_engine(config, device, limits.start)
+    watch = Watch(channel, comm, limits)
     turns = Turns(channel, comm.topology, asked)
     with watch.guard():
         turns.start()
@@ -97,15 +99,13 @@ def open_session(config: CommConfig, device: str, asked: Callable[[], str | None
     comm.close()
 
 
-def _start_engine(config: CommConfig, device: str) -> tuple[Communicator, SideChannel, str]:
+def _start_engine(config: CommConfig, device: str, limit: Limit) -> tuple[Communicator, SideChannel, str]:
     """The engine that ``config`` asks for, the channel beside it, and why it is this one."""
     topology = detect(os.environ)
-    limit_s = max(config.timeout_s, config.startup_timeout_s)
-    option = "comm.timeout_s" if limit_s == config.timeout_s else "comm.startup_timeout_s"
-    with start_limit(topology, config.engine, limit_s, option):
-        chosen = choose_device(device, topology)
-        name, reason = choose(config.engine, topology, chosen)
-        horovod_settings.ask_for(name, chosen, config.horovod.model_dump())
+    chosen = choose_device(device, topology)
+    name, reason = choose(config.engine, topology, chosen)
+    horovod_settings.ask_for(name, chosen, config.horovod.model_dump())
+    with start_limit(topology, f"{name} on {chosen.type}", limit):
         # The watch is to end a job that hangs, since it can say why; the engine's own limit is for when it cannot.
-        comm = create(name, topology, chosen, limit_s + _ENGINE_GRACE_S)
+        comm = create(name, topology, chosen, limit.seconds + _ENGINE_GRACE_S)
         return comm, SideChannel.open(comm), reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from hpctrain.comm import registry
 from hpctrain.comm.agree import on_rank_zero
 from hpctrain.comm.base import Communicator
+from hpctrain.comm.patience import Limits
 from hpctrain.comm.side_channel import SideChannel
 from hpctrain.comm.watch import Watch
 from hpctrain.errors import MachineError, UserError
@@ -33,6 +35,8 @@ def misbehave(fault: str) -> None:
         raise KeyboardInterrupt
     if fault == "sleep":
         time.sleep(1000)
+    if fault == "hold-interpreter":
+        ctypes.PyDLL(None).sleep(1000)
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "stop-seen":
@@ -77,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     comm = registry.create(args.engine, detect(os.environ), torch.device("cpu"), timeout_s=120)
-    watch = Watch(SideChannel.open(comm), comm, args.timeout, startup_timeout_s=args.timeout)
+    watch = Watch(SideChannel.open(comm), comm, Limits(args.timeout, args.timeout))
     with watch.guard():
         run(comm, watch, args.fault, args.rank, args.steps)
         comm.barrier()

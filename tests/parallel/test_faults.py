@@ -87,6 +87,17 @@ def test_a_stopped_rank_0_is_known_though_it_keeps_the_channel() -> None:
     assert re.search(pattern, run.output), run.output
 
 
+def test_a_rank_0_that_holds_the_interpreter_is_found_by_the_others() -> None:
+    """Its thread that looks for late ranks stands still, and the server of the side channel goes on."""
+    run = run_faulty("mpi", "mpirun", "hold-interpreter", rank=0, size=3, timeout_s=5)
+    found = re.search(
+        r"no progress for (\d+) s: rank 0 \(host \S+\) is late: step \d+, phase \w+, its process gives no sign of "
+        r"life; the others wait in step 3, phase exchange; raise comm\.timeout_s",
+        run.output,
+    )
+    assert found and int(found[1]) <= 15, run.output[-6000:]
+
+
 @pytest.mark.parametrize(("engine", "launcher"), [("mpi", "mpirun"), ("torch", "torchrun")])
 def test_a_job_that_is_suspended_for_longer_than_its_limit_goes_on(engine: str, launcher: str) -> None:
     run = run_faulty(engine, launcher, "suspend", timeout_s=8)
@@ -132,8 +143,8 @@ def test_a_training_does_not_wait_for_ever_for_a_rank_that_never_comes(tmp_path:
     run = run_job(job, timeout_s=80)
     assert run.returncode == 1 and not run.timed_out and run.survivors == 0, run.output[-6000:]
     assert re.search(
-        rf"hpctrain: rank 0 of 2 on host \S+ has been waiting 5 s for the engine \({engine}\) to start: check that all "
-        r"ranks were started and that their hosts reach each other, or raise comm\.startup_timeout_s",
+        rf"hpctrain: rank 0 of 2 on host \S+ has been waiting 5 s for the engine \({engine} on cpu\) to start: check "
+        r"that all ranks were started and that their hosts reach each other, or raise comm\.startup_timeout_s",
         run.output,
     ), run.output[-6000:]
     assert not (tmp_path / "run").exists()

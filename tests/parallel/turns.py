@@ -13,6 +13,7 @@ import time
 import torch
 
 from hpctrain.comm import registry
+from hpctrain.comm.patience import Limits
 from hpctrain.comm.side_channel import SideChannel
 from hpctrain.comm.turns import Stopped, Turns
 from hpctrain.comm.watch import Watch
@@ -31,7 +32,7 @@ def main() -> None:
     torch.set_num_threads(1)
     comm = registry.create(args.engine, detect(os.environ), torch.device("cpu"), timeout_s=120)
     channel = SideChannel.open(comm)
-    watch = Watch(channel, comm, 15, startup_timeout_s=30)
+    watch = Watch(channel, comm, Limits(15, 30))
     steps = 0
     with Requests(["USR1", "USR2", "TERM"]) as requests, watch.guard():
         turns = Turns(channel, comm.topology, requests.asked)

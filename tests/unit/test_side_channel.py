@@ -1,4 +1,4 @@
-"""The side channel's store, its words and counts, in one process; the watch's clock without a job."""
+"""The side channel's store, its words and counts, in one process; the watch of a job of one rank."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from hpctrain.comm import side_channel, watch
+from hpctrain.comm.patience import Limits
 from hpctrain.comm.serial import SerialCommunicator
 from hpctrain.comm.side_channel import Heartbeat, LastWords, SideChannel, within
 from hpctrain.comm.torch_engine import open_store
 from hpctrain.comm.watch import Watch
 from hpctrain.errors import MachineError
-from hpctrain.topology.phases import Phase
 from hpctrain.topology.ranks import Topology
 
 
@@ -87,7 +87,7 @@ def test_an_unreachable_rank_0_is_a_fault_with_its_addresses(monkeypatch: pytest
 def test_one_rank_needs_no_channel_and_no_thread(capsys: pytest.CaptureFixture[str]) -> None:
     comm = SerialCommunicator(Topology(), torch.device("cpu"))
     before = threading.active_count()
-    alone = Watch(SideChannel.open(comm), comm, timeout_s=0.1, startup_timeout_s=0.1)
+    alone = Watch(SideChannel.open(comm), comm, Limits(0.1, 0.1))
     alone.beat(3, "data")
     assert threading.active_count() == before
     assert alone.place == "rank 0 on host localhost, step 3, phase data"
@@ -101,23 +101,9 @@ def test_one_rank_needs_no_channel_and_no_thread(capsys: pytest.CaptureFixture[s
     alone.close()
 
 
-def test_the_short_limit_holds_after_the_first_step_of_a_resumed_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of a resumed run begin at any number, and its first one is slow as well."""
-    comm: Any = SimpleNamespace(rank=0, world_size=1, topology=Topology())
-    alone = Watch(SideChannel(None, 0, 1, "n0"), comm, timeout_s=60, startup_timeout_s=300)
-    places: list[tuple[int, Phase, float]] = [
-        (0, "start", 300), (99, "eval", 300), (100, "data", 300), (100, "exchange", 300), (101, "data", 60),
-        (102, "eval", 60),
-    ]  # fmt: skip
-    for step, phase, limit_s in places:
-        alone.beat(step, phase)
-        alone._measure(time.monotonic())
-        assert alone._limit_s() == limit_s
-
-
 def test_beating_is_cheap_enough_for_every_phase() -> None:
     comm: Any = SimpleNamespace(rank=0, world_size=1, topology=Topology())
-    alone = Watch(SideChannel(None, 0, 1, "n0"), comm, timeout_s=60, startup_timeout_s=300)
+    alone = Watch(SideChannel(None, 0, 1, "n0"), comm, Limits(60, 300))
     best = min(_time_beats(alone) for _ in range(5))
     assert best < 5e-6
 
