@@ -32,7 +32,7 @@ CABLE = "cable"
 _PREFIX = "hpctrain-cluster-"
 _PROGRAMS = ("ip", "tc", "nsenter", "unshare", "setpriv", "mount")
 # A bucket that holds two of the largest segments the kernel hands over at once, and 20 ms of queue behind it.
-_SHAPE = ("burst", "128kb", "latency", "20ms")
+_QUEUE = "burst 128kb latency 20ms"
 # Linux' default, spelt out because machines differ; the sysctl of that name is closed to namespaces.
 _CONGESTION_CONTROL = "cubic"
 
@@ -103,9 +103,14 @@ class Cluster:
         host.run(["ip", "link", "set", "eth0", "address", f"02:00:00:00:00:{number:02x}", "up"])
         _address(host)
         if self.rate is not None:
-            self._head_net(f"tc qdisc add dev {name} root tbf rate {self.rate} {' '.join(_SHAPE)}")
-            host.run(["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", self.rate, *_SHAPE])
+            self.shape(name, self.rate)
         self.head.run(["sh", "-c", f"echo {pid} > /run/hosts/{name}"])
+
+    def shape(self, name: str, rate: str) -> None:
+        """Give the host's cable another rate, until the host is booted again."""
+        shape = f"root tbf rate {rate} {_QUEUE}"
+        self._head_net(f"tc qdisc replace dev {self._known(name)} {shape}")
+        self._nodes[name].run(f"tc qdisc replace dev eth0 {shape}".split())
 
     def kill(self, name: str) -> None:
         """Power off: all processes of the host end at once and its cable is gone, until ``boot``."""

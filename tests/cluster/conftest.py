@@ -5,7 +5,9 @@ machine that cannot is a failure. What they need installs ``tests/cluster/instal
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,13 @@ def cluster(_possible: None) -> Iterator[Cluster]:
     """Four hosts with cables of 1 Gbit/s, for the tests of one file."""
     with Cluster(4, rate="1gbit") as hosts:
         yield hosts
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters have their folders where those of no other test are, or of anybody else."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 @pytest.fixture(scope="session")

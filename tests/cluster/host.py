@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import psutil
 
 BOOT_SCRIPT = Path(__file__).with_name("boot.sh")
-BOOT_TIMEOUT_S = 10.0
+#: to come up, and to end with all that runs there
+BOOT_TIMEOUT_S = 60.0
 #: the repository and the environment of this Python, which hosts see also where they lie in a folder of their own
 _ROOT = Path(__file__).resolve().parents[2]
 _NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
@@ -123,19 +124,9 @@ def boot(name: str, address: str, shared: Path, head: Host | None, user_namespac
     Raises HostError with the machine's own words when a namespace or a mount is refused.
     """
     outer = [*_nsenter(head.pid), "--pid", "unshare"] if head else ["unshare", *user_namespace]
+    script = ["bash", str(BOOT_SCRIPT), name, str(shared), str(_ROOT), sys.prefix]
     holder = subprocess.Popen(
-        [
-            *outer,
-            *_NAMESPACES,
-            "--fork",
-            "--kill-child",
-            "bash",
-            str(BOOT_SCRIPT),
-            name,
-            str(shared),
-            str(_ROOT),
-            sys.prefix,
-        ],
+        [*outer, *_NAMESPACES, "--fork", "--kill-child", *script],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

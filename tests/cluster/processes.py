@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+#: with what takes moments on a machine that others do not use
+PATIENCE_S = 60.0
 
 
-def until(condition: Callable[[], bool], limit_s: float = 5.0) -> bool:
+def until(condition: Callable[[], bool], limit_s: float = PATIENCE_S) -> bool:
     deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:
@@ -35,12 +37,16 @@ def running(*words: str) -> list[int]:
     return found
 
 
-def end_owner(program: str, ending: signal.Signals, is_up: Callable[[], bool], limit_s: float = 5.0) -> str:
+def end_owner(program: str, ending: signal.Signals, is_up: Callable[[], bool]) -> str:
     """Send ``ending`` to a python that brings up hosts and prints their shared folder, once ``is_up``; that folder."""
     owner = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert owner.stdout is not None
-    shared = owner.stdout.readline().strip()
-    assert until(is_up, limit_s)
-    owner.send_signal(ending)
-    owner.communicate()
+    try:
+        assert owner.stdout is not None
+        shared = owner.stdout.readline().strip()
+        assert until(is_up)
+        owner.send_signal(ending)
+        owner.wait(PATIENCE_S)
+    finally:
+        owner.kill()
+        owner.communicate()
     return shared

@@ -25,6 +25,7 @@ import psutil
 
 from tests.cluster.cluster import CABLE, Cluster, obstacle
 from tests.cluster.host import BOOT_SCRIPT, Host, HostError, missing
+from tests.cluster.processes import PATIENCE_S
 from tests.cluster.slurm_etc import Settings, write_etc
 from tests.cluster.slurm_job import Job
 from tests.parallel.launch import environment
@@ -98,7 +99,12 @@ class Slurm:
     # What a user types on the head.
 
     def call(
-        self, argv: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 60.0, *, check: bool = True
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = PATIENCE_S,
+        *,
+        check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
         """Run ``argv`` on the head with ``env`` added to the environment; HostError where it fails and ``check``."""
         return self.cluster.head.run(argv, timeout_s, {**self.env, **(env or {})}, check=check)
@@ -113,7 +119,7 @@ class Slurm:
         """A job that something else has submitted."""
         return Job(job_id, self.call)
 
-    def srun(self, args: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 60.0) -> str:
+    def srun(self, args: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = PATIENCE_S) -> str:
         return self.call(["srun", *args], env, timeout_s).stdout
 
     def squeue(self) -> list[str]:
@@ -130,7 +136,7 @@ class Slurm:
         lines = self.call(["sinfo", "--noheader", "--Node", "--format=%N %T"]).stdout.splitlines()
         return dict(line.split() for line in lines)
 
-    def await_nodes(self, state: str, names: Iterable[str], timeout_s: float = 60.0) -> None:
+    def await_nodes(self, state: str, names: Iterable[str], timeout_s: float = PATIENCE_S) -> None:
         """Wait until Slurm says ``state`` of all ``names``; HostError with what it says instead at the limit."""
         wanted = dict.fromkeys(names, state)
         deadline = time.monotonic() + timeout_s
@@ -174,7 +180,7 @@ class Slurm:
     def start_slurmd(self, name: str) -> None:
         self.cluster.host(name).run(["slurmd"], env=self.env)
 
-    def strangers(self, patience_s: float = 10.0) -> dict[str, list[str]]:
+    def strangers(self, patience_s: float = PATIENCE_S) -> dict[str, list[str]]:
         """Command lines of what runs on each host beside its daemons, after up to ``patience_s`` for it to end."""
         deadline = time.monotonic() + patience_s
         while (found := {host.name: lines for host in self._all() if (lines := _strangers(host))}) and (

@@ -6,6 +6,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typing import Any
 ENDED = frozenset(
     ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
 )
-_POLL_S = 0.1
+_POLL_S = 0.25
 _KEY = re.compile(r"(?:^|(?<=\s))([A-Z][\w:/]*)=")
 
 
@@ -52,8 +53,11 @@ class Job:
     @property
     def output(self) -> str:
         """What it has written so far, stdout and stderr; of all its runs where the file was opened to append."""
-        path = Path(self.facts()["StdOut"])
-        return path.read_text(errors="replace") if path.exists() else ""
+        return self._output.read_text(errors="replace") if self._output.exists() else ""
+
+    @cached_property
+    def _output(self) -> Path:
+        return Path(self.facts()["StdOut"])
 
     def wait(self, timeout_s: float) -> str:
         """The state in which it has ended; AssertionError with its output at the limit."""
@@ -86,7 +90,9 @@ class Job:
         self._call(["scontrol", "requeue", self.id])
 
     def sacct(self, *fields: str) -> list[dict[str, Any]]:
-        """A row for the job and each of its steps, where the cluster keeps accounts."""
-        lines = self._call(["sacct", "--parsable2", "--jobs", self.id, f"--format={','.join(fields)}"]).stdout
+        """A row for each start of the job and each of its steps, where the cluster keeps accounts."""
+        lines = self._call(
+            ["sacct", "--parsable2", "--duplicates", f"--jobs={self.id}", f"--format={','.join(fields)}"]
+        ).stdout
         header, *rows = [line.split("|") for line in lines.splitlines()]
         return [dict(zip(header, row, strict=True)) for row in rows]

@@ -38,13 +38,11 @@ def test_four_sound_nodes(slurm: Slurm) -> None:
 
 
 def test_a_node_behind_a_slow_cable_is_named(slurm: Slurm) -> None:
-    cable = ["tc", "qdisc", "change", "dev", "eth0", "root", "tbf", "burst", "256kb", "latency", "50ms", "rate"]
-    host = slurm.cluster.host("n3")
-    host.run([*cable, "100mbit"])
+    slurm.cluster.shape("n3", "40mbit")
     try:
         done = preflight(slurm, slurm.shared / "slow", "--set", "launch.slow_node=stop")
     finally:
-        host.run([*cable, "1gbit"])
+        slurm.cluster.shape("n3", "1gbit")
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(r"n3 is slow \(.*times the median .* for a sum with n2 and n4\)", done.stderr), done.stderr
     assert re.search(r"submit again with --exclude=\S*n3", done.stderr)

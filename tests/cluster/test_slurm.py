@@ -13,7 +13,7 @@ import pytest
 
 from tests.cluster.cluster import leftovers
 from tests.cluster.host import HostError
-from tests.cluster.processes import ROOT, end_owner, running, until
+from tests.cluster.processes import PATIENCE_S, ROOT, end_owner, running, until
 from tests.cluster.slurm import Slurm
 from tests.cluster.slurm_job import Job
 from tests.needs import needs
@@ -22,7 +22,7 @@ ELEMENTS = 200_000
 PAIR = ["--nodes=2", "--nodelist=n[1-2]"]
 ACROSS = [sys.executable, "-m", "tests.cluster.across"]
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(5 * PATIENCE_S)
 
 
 def script(slurm: Slurm, name: str, *lines: str) -> str:
@@ -66,7 +66,7 @@ def test_what_the_commands_say(slurm: Slurm) -> None:
     assert waiting.wait(60) == "COMPLETED"
     assert slurm.squeue() == []
     told = [{"JobID": name, "State": "COMPLETED"} for name in (waiting.id, f"{waiting.id}.batch")]
-    assert until(lambda: waiting.sacct("JobID", "State") == told, 15), waiting.sacct("JobID", "State")
+    assert until(lambda: waiting.sacct("JobID", "State") == told), waiting.sacct("JobID", "State")
     with pytest.raises(HostError, match="Invalid job id"):
         slurm.scontrol(["show", "job", "4711"])
 
@@ -121,10 +121,10 @@ def test_requeue(slurm: Slurm) -> None:
     job.wait_for_output("run first", 30)
     job.requeue()
     assert job.wait(90) == "COMPLETED", job.output
-    assert (job.restarts, [line for line in job.output.splitlines() if line.startswith("run")]) == (
-        1,
-        ["run first", "run 1"],
-    )
+    assert job.restarts == 1
+    assert [line for line in job.output.splitlines() if line.startswith("run")] == ["run first", "run 1"]
+    told = {(job.id, "REQUEUED"), (job.id, "COMPLETED")}
+    assert until(lambda: told <= {(row["JobID"], row["State"]) for row in job.sacct("JobID", "State")})
     assert not slurm.strangers()
 
 
@@ -171,20 +171,19 @@ def test_gpus_by_gres() -> None:
         assert "Requested node configuration is not available" in refused.stderr
 
 
+@pytest.mark.usefixtures("own_folder")
 def test_nothing_outlives_a_killed_owner_of_slurm() -> None:
     program = (
         "from tests.cluster.slurm import Slurm; import time; s = Slurm(2, accounting=True); "
-        "s.sbatch(['--nodes=2', '--wrap', 'srun sleep 5006']); print(s.shared, flush=True); time.sleep(100)"
+        "s.sbatch(['--nodes=2', '--wrap', 'srun sleep 5006']); print(s.shared, flush=True); time.sleep(600)"
     )
-    shared = end_owner(program, signal.SIGKILL, lambda: len(running("sleep", "5006")) == 2, 30)
+    shared = end_owner(program, signal.SIGKILL, lambda: len(running("sleep", "5006")) == 2)
 
     def gone() -> bool:
-        environments = subprocess.run(
-            ["grep", "-lzaF", shared, *Path("/proc").glob("[0-9]*/cmdline")], capture_output=True
-        )
-        return not running("sleep", "5006") and not environments.stdout
+        holders = subprocess.run(["grep", "-lzaF", shared, *Path("/proc").glob("[0-9]*/cmdline")], capture_output=True)
+        return not running("sleep", "5006") and not holders.stdout
 
-    assert until(gone, 20)
+    assert until(gone)
     assert shared not in Path("/proc/mounts").read_text()
     assert Path(shared) in leftovers()
     subprocess.run([sys.executable, "-m", "tests.cluster", "down"], cwd=ROOT, capture_output=True, check=True)
@@ -198,6 +197,6 @@ def test_the_shell_with_slurm() -> None:
         input="sinfo --noheader --format=%D,%T; srun -N2 hostname | sort; exit 4\n",
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=4 * PATIENCE_S,
     )
     assert (done.returncode, done.stdout.splitlines()[1:]) == (4, ["2,idle", "n1", "n2"]), done.stderr

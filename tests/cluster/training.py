@@ -101,7 +101,7 @@ def assert_same_as_alone(slurm: Slurm, training: Training, alone: Path, before: 
 
 def _accounts_agree(training: Training, nodes: int) -> None:
     """sacct lags behind the job by seconds."""
-    assert until(lambda: {row["State"] for row in training.job.sacct("State")} == {"COMPLETED"}, 20)
+    assert until(lambda: {row["State"] for row in training.job.sacct("State")} == {"COMPLETED"})
     rows = training.job.sacct("NNodes", "NodeList")
     assert (rows[0]["NNodes"], rows[0]["NodeList"]) == (str(nodes), f"n[1-{nodes}]")
 
