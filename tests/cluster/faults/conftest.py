@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpctrain.metrics.layout import PREFLIGHT_FILE
 from tests.cluster.slurm import Slurm
 from tests.cluster.training import (
     LIMIT_S,
@@ -21,8 +22,9 @@ from tests.needs import needs
 
 #: one more than an epoch has
 STEPS, BATCH, NODES = 24, 32, 2
-#: of the cables: a step takes a quarter of a second, in which the cores do little, so that faults find it at work
-RATE = "40mbit"
+#: of the cables while a fault is awaited: a step takes a quarter of a second, in which the cores do little
+SLOW = "40mbit"
+FAST = "1gbit"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +34,7 @@ def _modules() -> None:
 
 @pytest.fixture(scope="module")
 def _nodes(_slurm_possible: None) -> Iterator[Slurm]:
-    with Slurm(num_nodes=4, tasks_per_node=2, rate=RATE, accounting=True) as slurm:
+    with Slurm(num_nodes=4, tasks_per_node=2, rate=FAST, accounting=True) as slurm:
         yield slurm
 
 
@@ -49,9 +51,16 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return digest
 
 
+def shape(slurm: Slurm, rate: str) -> None:
+    for host in slurm.cluster.hosts:
+        if host.alive:
+            slurm.cluster.shape(host.name, rate)
+
+
 @pytest.fixture
 def begin(slurm: Slurm, config: Path) -> Callable[..., Training]:
     """Submit on n1 and n2, or where told."""
+    shape(slurm, FAST)
 
     def submitted(
         *overrides: str,
@@ -66,11 +75,13 @@ def begin(slurm: Slurm, config: Path) -> Callable[..., Training]:
 
 
 @pytest.fixture
-def start(begin: Callable[..., Training]) -> Callable[..., Training]:
-    """The same, and wait until the checkpoint of step 5 is there."""
+def start(slurm: Slurm, begin: Callable[..., Training]) -> Callable[..., Training]:
+    """The same, and wait until the checkpoint of step 5 is there; from the preflight on cables are slow."""
 
     def started(*overrides: str, **how: object) -> Training:
         training = begin(*overrides, **how)
+        training.job.wait_until((training.run / PREFLIGHT_FILE).exists, LIMIT_S, "leave its preflight's findings")
+        shape(slurm, SLOW)
         training.wait_for_checkpoint(5)
         return training
 
@@ -82,6 +93,7 @@ def finishes(slurm: Slurm, undisturbed: str) -> Callable[[Training], None]:
     """Wait for the end, which is that of the run to which nothing happened; no process is left on any node."""
 
     def finished(training: Training) -> None:
+        shape(slurm, FAST)
         assert training.job.wait(LIMIT_S) == "COMPLETED", training.job.output
         assert training.record()["parameters_sha256"] == undisturbed
         assert [line["step"] for line in training.steps()] == list(range(1, STEPS + 1))

@@ -14,6 +14,7 @@ from hpctrain.launch.exits import PREEMPTED
 from hpctrain.metrics.launches import read_launches
 from hpctrain.metrics.layout import CHECKPOINTS, list_checkpoints
 from hpctrain.topology.hosts import hosts
+from tests.cluster.processes import PATIENCE_S
 from tests.cluster.slow_disk import SlowDisk, half_written
 from tests.cluster.slurm import Slurm
 from tests.cluster.training import LIMIT_S, Training, kill_ranks, submit
@@ -74,18 +75,18 @@ def test_requeued_by_the_administrator(slurm: Slurm, start: Start, finishes: Fin
     assert accounts["elapsed_s"] >= first["elapsed_s"] > 0
 
 
-def test_warnings_lead_to_as_many_requeues_as_are_allowed(slurm: Slurm, start: Start, finishes: Finishes) -> None:
-    training = start("launch.max_requeues=1")
+def test_where_no_requeue_is_allowed_a_warning_ends_the_job_until_it_is_requeued(
+    slurm: Slurm, start: Start, finishes: Finishes
+) -> None:
+    training = start("launch.max_requeues=0")
     training.job.signal("USR1", batch=True)
-    training.job.wait_until(lambda: len(read_launches(training.run)) == 2, LIMIT_S, "go on")
-    training.job.signal("USR1", batch=True)
-    assert (training.job.wait(60), training.job.exit_code) == ("FAILED", PREEMPTED), training.job.output
-    assert "has been started again 1 times already (launch.max_requeues=1)" in training.job.output
+    assert (training.job.wait(LIMIT_S), training.job.exit_code) == ("FAILED", PREEMPTED), training.job.output
+    assert "has been started again 0 times already (launch.max_requeues=0)" in training.job.output
     slurm.await_nodes("idle", training.job.nodes)
     training.job.requeue()
     finishes(training)
     launch = training.record()["launch"]
-    assert (launch["restarts"], launch["preemptions"]) == (2, 2)
+    assert (launch["restarts"], launch["preemptions"]) == (1, 1)
 
 
 def test_the_tasks_of_an_array_take_turns(slurm: Slurm, start: Start, finishes: Finishes) -> None:
@@ -94,16 +95,16 @@ def test_the_tasks_of_an_array_take_turns(slurm: Slurm, start: Start, finishes: 
     first, second, third = (slurm.job(f"{array.job.id}_{task}") for task in range(3))
     # It signals a task again and again, until it complains that this has ended.
     slurm.call(["scancel", "--signal=USR1", "--batch", first.id], check=False)
-    assert (first.wait(60), first.exit_code) == ("FAILED", PREEMPTED), first.output
+    assert (first.wait(LIMIT_S), first.exit_code) == ("FAILED", PREEMPTED), first.output
     assert f"task 0 of array {array.job.id} ends here, the next one goes on" in first.output
     finishes(Training(second, array.run))
-    assert third.wait(30) == "CANCELLED"
+    assert third.wait(PATIENCE_S) == "CANCELLED"
 
 
 def test_where_a_requeue_is_forbidden_the_job_ends_with_its_own_status(slurm: Slurm, start: Start) -> None:
     training = start(options=("--no-requeue",))
     training.job.signal("TERM", batch=True)
-    assert (training.job.wait(60), training.job.exit_code) == ("FAILED", PREEMPTED), training.job.output
+    assert (training.job.wait(LIMIT_S), training.job.exit_code) == ("FAILED", PREEMPTED), training.job.output
     assert "--no-requeue" in training.job.output
     assert not slurm.strangers()
 
@@ -116,9 +117,9 @@ def test_killed_while_it_writes_a_run_goes_on_from_a_checkpoint_that_is_whole(
     training = start(env=disk.env)
     training.wait_for_checkpoint(10)
     disk.hold()
-    training.job.wait_until(lambda: half_written(training), 60, "write a checkpoint")
+    training.job.wait_until(lambda: half_written(training), LIMIT_S, "write a checkpoint")
     training.job.cancel()
-    assert training.job.wait(60) == "CANCELLED", training.job.output
+    assert training.job.wait(LIMIT_S) == "CANCELLED", training.job.output
     assert not slurm.strangers()
     assert half_written(training)
     newest = list_checkpoints(training.run / CHECKPOINTS)[0]
