@@ -19,7 +19,7 @@ from hpctrain.comm.start_limit import start_limit
 from hpctrain.comm.turns import Turns
 from hpctrain.comm.watch import Watch
 from hpctrain.config.comm import CommConfig
-from hpctrain.errors import UserError
+from hpctrain.errors import MachineError, UserError
 from hpctrain.topology.placement import cores_of, own_binding
 from hpctrain.topology.ranks import Topology, detect
 
@@ -40,10 +40,16 @@ class Session:
 
 
 def choose_device(requested: str, topology: Topology) -> torch.device:
-    """The device of this rank: with several GPUs in sight the one of its local rank, else the only one."""
-    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
+    """The device of this rank: with several GPUs in sight the one of its local rank, else the only one.
+
+    Raises UserError for a GPU that there is not, MachineError where Slurm gave the job some that torch does not see.
+    """
+    if requested == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
+        _require_none_allotted(topology.host)
+        if requested == "auto":
+            return torch.device("cpu")
         raise UserError("train.device is cuda, but torch sees no GPU: set train.device=cpu, or see `hpctrain doctor`")
     visible = torch.cuda.device_count()
     if visible > 1 and topology.local_rank >= visible:
@@ -54,6 +60,16 @@ def choose_device(requested: str, topology: Topology) -> torch.device:
     device = torch.device("cuda", topology.local_rank if visible > 1 else 0)
     torch.cuda.set_device(device)
     return device
+
+
+def _require_none_allotted(host: str) -> None:
+    """Without this a rank takes its CPU, and waits for ever for ranks that train on the GPUs of other hosts."""
+    allotted = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if torch.backends.cuda.is_built() and allotted != "0":
+        raise MachineError(
+            f"host {host} has {allotted} GPUs in this job, but torch sees none: if others see theirs, leave it out with "
+            f"--exclude={os.environ.get('SLURMD_NODENAME', host)}, else see `hpctrain doctor`, or set train.device=cpu"
+        )
 
 
 def keep_freed_memory() -> None:

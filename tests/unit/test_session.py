@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from hpctrain.config.comm import CommConfig
-from hpctrain.errors import UserError
+from hpctrain.errors import MachineError, UserError
 from hpctrain.topology.ranks import Topology
 from hpctrain.train.session import choose_device, open_session
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[torch.device]:
-    """Pretend that torch sees ``count`` GPUs; returns the list of devices that were made current."""
+    """Pretend that torch, built for them, sees ``count`` GPUs; returns the list of devices that were made current."""
     current: list[torch.device] = []
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
@@ -40,6 +42,28 @@ def test_the_device_of_a_rank(
     device = choose_device(requested, Topology(local_rank=local_rank))
     assert str(device) == expected
     assert current == ([] if expected == "cpu" else [device])
+
+
+@pytest.mark.parametrize("requested", ["auto", "cuda"])
+def test_a_host_whose_gpus_do_not_work_is_named(monkeypatch: pytest.MonkeyPatch, requested: str) -> None:
+    gpus(monkeypatch, 0)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu07")
+    message = (
+        r"host n7 has 4 GPUs in this job, but torch sees none: if others see theirs, leave it out with --exclude=gpu07, "
+        r"else see `hpctrain doctor`, or set train\.device=cpu"
+    )
+    with pytest.raises(MachineError, match=message):
+        choose_device(requested, Topology(host="n7"))
+    assert choose_device("cpu", Topology(host="n7")).type == "cpu"
+
+
+def test_a_torch_without_cuda_trains_on_cpus_beside_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On all hosts alike; the preflight has a word on it."""
+    gpus(monkeypatch, 0)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    assert choose_device("auto", Topology()).type == "cpu"
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
