@@ -65,10 +65,11 @@ def choose_device(requested: str, topology: Topology) -> torch.device:
 def _require_none_allotted(host: str) -> None:
     """Without this a rank takes its CPU, and waits for ever for ranks that train on the GPUs of other hosts."""
     allotted = os.environ.get("SLURM_GPUS_ON_NODE", "0")
-    if torch.backends.cuda.is_built() and allotted != "0":
+    if torch.version.cuda is not None and allotted != "0":
         raise MachineError(
-            f"host {host} has {allotted} GPUs in this job, but torch sees none: if others see theirs, leave it out with "
-            f"--exclude={os.environ.get('SLURMD_NODENAME', host)}, else see `hpctrain doctor`, or set train.device=cpu"
+            f"host {host} has {allotted} GPUs in this job, but torch sees none: if others see theirs, leave it out "
+            f"with --exclude={os.environ.get('SLURMD_NODENAME', host)}, else see `hpctrain doctor`, or set "
+            "train.device=cpu"
         )
 
 

@@ -17,7 +17,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[torch.device]:
     """Pretend that torch, built for them, sees ``count`` GPUs; returns the list of devices that were made current."""
     current: list[torch.device] = []
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
-    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
@@ -50,8 +50,8 @@ def test_a_host_whose_gpus_do_not_work_is_named(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
     monkeypatch.setenv("SLURMD_NODENAME", "gpu07")
     message = (
-        r"host n7 has 4 GPUs in this job, but torch sees none: if others see theirs, leave it out with --exclude=gpu07, "
-        r"else see `hpctrain doctor`, or set train\.device=cpu"
+        r"host n7 has 4 GPUs in this job, but torch sees none: if others see theirs, leave it out with "
+        r"--exclude=gpu07, else see `hpctrain doctor`, or set train\.device=cpu"
     )
     with pytest.raises(MachineError, match=message):
         choose_device(requested, Topology(host="n7"))
@@ -61,7 +61,7 @@ def test_a_host_whose_gpus_do_not_work_is_named(monkeypatch: pytest.MonkeyPatch,
 def test_a_torch_without_cuda_trains_on_cpus_beside_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """On all hosts alike; the preflight has a word on it."""
     gpus(monkeypatch, 0)
-    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
     assert choose_device("auto", Topology()).type == "cpu"
 
