@@ -14,8 +14,7 @@ from pathlib import Path
 
 from hpctrain.comm.agree import on_rank_zero
 from hpctrain.comm.base import Communicator
-from hpctrain.errors import UserError
-from hpctrain.train.rundir import held_by_another, in_use, no_locks
+from hpctrain.train.rundir import cannot_lock, cannot_write, held_by_another, in_use
 
 #: A file that was written elsewhere may take a network file system so long to show, and a job so long to end.
 _PATIENCE_S = 5.0
@@ -33,7 +32,8 @@ class Sight:
 def see_run_directory(comm: Communicator, run_dir: Path) -> Sight:
     """This rank's sight of a file that rank 0 makes and locks in ``run_dir`` for the moment. Collective.
 
-    Raises UserError, on all ranks, where another job trains there, or where rank 0 can neither write nor lock.
+    Raises UserError, on all ranks, where another job trains there or rank 0 may neither write nor lock, MachineError
+    where the disk is full.
     """
     first_host = comm.broadcast_object(comm.topology.host)
     with ExitStack() as held:
@@ -62,14 +62,12 @@ def _make_token(run_dir: Path, held: ExitStack) -> str:
         token.write(name)
         token.flush()
     except OSError as error:
-        raise UserError(
-            f"cannot write to the run directory {run_dir} ({error.strerror}): give a writable one with --run-dir"
-        ) from error
+        raise cannot_write(run_dir, error) from error
     try:
         fcntl.flock(token, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         (run_dir / name).unlink()
-        raise no_locks(run_dir, error) from error
+        raise cannot_lock(run_dir, error) from error
     return name
 
 

@@ -86,7 +86,7 @@ class RunDirectory:
                 os.write(self._lock, f"process {os.getpid()} on host {socket.gethostname()}{_of_this_job()}\n".encode())
                 return True
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         holder = _holder(path)
         ours = _is_of_this_job(holder)
         if now_s - self._asked_s >= (earlier_start_s if ours else _PATIENCE_S):
@@ -136,8 +136,10 @@ def _still_locked(path: Path, holder: str) -> MachineError:
     )
 
 
-def no_locks(path: Path, error: OSError) -> UserError:
-    """What is said of a run directory ``path`` whose file system knows no locks."""
+def cannot_lock(path: Path, error: OSError) -> UserError | MachineError:
+    """What is said where the run directory ``path`` cannot be locked, most often by a file system that has no locks."""
+    if error.errno not in _WITHOUT_LOCKS:
+        return MachineError(f"cannot lock the run directory {path}: {error.strerror}")
     return UserError(
         f"the file system of the run directory {path} has no locks ({error.strerror}), which keep a second job "
         "out: have it mounted with them (Lustre: -o flock), or take another one (HPCTRAIN_RUNS, or --run-dir)"
@@ -172,13 +174,12 @@ def _try_lock(path: Path) -> int | None:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
             return None
-        if error.errno in _WITHOUT_LOCKS:
-            raise no_locks(path.parent, error) from error
-        raise MachineError(f"cannot lock the run directory {path.parent}: {error.strerror}") from error
+        raise cannot_lock(path.parent, error) from error
     return descriptor
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError | MachineError:
+def cannot_write(path: Path, error: OSError) -> UserError | MachineError:
+    """What is said where the run directory ``path`` cannot be made or written to."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MachineError(f"cannot create the run directory {path}: {error.strerror}")
     reason = (error.strerror or str(error)).lower()
