@@ -56,12 +56,12 @@ types: venv
 	$(BIN)/mypy
 
 # Root on Debian gets Slurm for tests/cluster too; elsewhere these say what is missing. They wait most of their time, so
-# two of their files run side by side, each on a cluster of its own.
+# three of their files run side by side, each on a cluster of its own, in the order of tests/cluster/conftest.py.
 test: horovod lint types
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then tests/cluster/install.sh || \
 		echo "== tests/cluster/install.sh failed: see the reasons of skipped tests"; fi
 	$(BIN)/python -m pytest --ignore tests/cluster
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/cluster
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder tests/cluster
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ def until(condition: Callable[[], bool], limit_s: float = PATIENCE_S) -> bool:
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.02)
+        time.sleep(0.1)
     return True
 
 

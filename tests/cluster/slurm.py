@@ -32,7 +32,7 @@ from tests.parallel.launch import environment
 
 DAEMONS_SCRIPT = Path(__file__).with_name("daemons.sh")
 UP_TIMEOUT_S = 90.0
-_POLL_S = 0.05
+_POLL_S = 0.2
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "sshd", "ssh-keygen")
 _DAEMONS = {"munged", "sshd", "slurmd", "slurmstepd", "slurmctld", "slurmscriptd", "slurmdbd", "mariadbd", CABLE}
 #: without it PMIx prints a page about a plugin that Slurm's side offers and the wheel lacks
