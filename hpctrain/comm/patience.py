@@ -26,7 +26,7 @@ _STANDSTILL_S = 5 * POLL_S
 #: Rank 0, which has the heartbeats at hand, reads them from this long before the limit. The others would take them all
 #: through its one network card at once: they read this long after the limit, when rank 0 has found nobody.
 _LEAD_S = 4 * POLL_S
-_PRECEDENCE_S = 2 * POLL_S
+_PRECEDENCE_S = POLL_S
 
 #: where the training thread stands: step, phase, signs of life since it began; a new object each time it moves on
 Mark = tuple[int, Phase, int]

@@ -29,7 +29,7 @@ def waiting(rank: int, until_s: int, mark: Mark = STEP) -> Patience:
     return patience
 
 
-@pytest.mark.parametrize(("rank", "first_s"), [(0, 47), (1, 53), (7, 53)])
+@pytest.mark.parametrize(("rank", "first_s"), [(0, 47), (1, 52), (7, 52)])
 def test_rank_0_reads_before_the_limit_and_the_others_when_it_has_found_nobody(rank: int, first_s: int) -> None:
     patience = waiting(rank, 0)
     wanted = []
