@@ -113,6 +113,9 @@ correct --cpus-per-task, and unset SLURM_CPUS_PER_TASK where you submit"
     # Slurm from 22.05 on gives a step no CPUs by itself.
     rank_options=(--nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" --distribution=block
         --cpus-per-task="$cpus" --mpi="$mpi")
+    # Rank 0 leaves last, when it has drawn what it measured; a site's WaitTime may be shorter than that takes. Here it is the
+    # bound on ranks that hang while they leave.
+    rank_options+=(--wait=300)
     # Every rank sees all GPUs of its node and takes its own: peers that cannot see each other cannot copy directly.
     ((gpus == 0)) || rank_options+=(--gpu-bind=none)
     # Open MPI of a virtual environment does not know Slurm's way to prove who is who, and says so on a page of text.
