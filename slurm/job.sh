@@ -142,7 +142,7 @@ is_taken() { (exec 3<>"/dev/tcp/$MASTER_ADDR/$1") 2>/dev/null; } # a job script 
 
 # With the folders that are named, and the one the job was submitted in, as they are outside.
 enter_container() {
-    local folder
+    local folder target name
     inside=()
     [[ -n ${HPCTRAIN_CONTAINER:-} ]] || return 0
     [[ -r $HPCTRAIN_CONTAINER ]] || fail "the container $HPCTRAIN_CONTAINER cannot be read on node $(hostname)"
@@ -150,10 +150,11 @@ enter_container() {
     inside=(apptainer exec --env PMIX_MCA_gds=hash)
     ((${SLURM_GPUS_ON_NODE:-0} == 0)) || inside+=(--nv)
     for folder in "$PWD" "$@"; do
-        inside+=(--bind "$(realpath -- "$folder")")
+        target=$(realpath -m -- "$folder") # of HPCTRAIN_SCRATCH not all may be there yet
+        inside+=(--bind "$target")
         # Ranks are told of it by a name that may lead there through links.
-        [[ $(realpath -- "$folder") == "$(realpath -s -- "$folder")" ]] ||
-            inside+=(--bind "$(realpath -- "$folder"):$(realpath -s -- "$folder")")
+        name=$(realpath -m -s -- "$folder")
+        [[ $target == "$name" ]] || inside+=(--bind "$target:$name")
     done
     inside+=("$HPCTRAIN_CONTAINER")
 }

@@ -72,10 +72,12 @@ def requeue(
 ) -> None:
     """Have Slurm start the job around this command again; for job scripts.
 
-    Status 75 (preempted) is always requeued. After any other failure the job is requeued if a node was lost, if this
-    start wrote a checkpoint, if it is the first failure from the checkpoint it began with, or if it failed before
-    training began, for the first time since the job last trained; otherwise this command exits with the
-    status the job should exit with. launch.max_requeues limits all of it.
+    A job whose ranks left with 75 (preempted) is requeued. After any other failure it is requeued if a node was lost,
+    if this start wrote a checkpoint, if it is the first failure from the checkpoint it began with, or if it failed
+    before training began, for the first time since the job last trained. Where it may not be, or launch.max_requeues is
+    reached, this command exits with the status the job should exit with.
+
+    The task of an array is not requeued: by the same rules this command exits with 75 where the next task is to go on.
     """
     from hpctrain.config.load import load_config
     from hpctrain.launch.requeue import requeue as start_again

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hpctrain.comm.patience import Limit
@@ -13,12 +13,17 @@ from hpctrain.topology.ranks import Topology
 
 
 @contextmanager
-def start_limit(topology: Topology, engine: str, limit: Limit) -> Iterator[None]:
+def start_limit(topology: Topology, engine: str, limit: Limit) -> Iterator[Callable[[str], None]]:
     """End this process when the block, which starts ``engine``, takes longer than ``limit``.
 
-    The block must leave the interpreter to other threads while it waits. Alone, a rank waits for nobody.
+    Yields what the block calls as soon as it knows better what it starts. It must leave the interpreter to other
+    threads while it waits. Alone, a rank waits for nobody.
     """
     started = threading.Event()
+
+    def start(what: str) -> None:
+        nonlocal engine
+        engine = what
 
     def wait() -> None:
         if not started.wait(limit.seconds):
@@ -34,6 +39,6 @@ def start_limit(topology: Topology, engine: str, limit: Limit) -> Iterator[None]
     if topology.world_size > 1:
         threading.Thread(target=wait, name="hpctrain-start", daemon=True).start()
     try:
-        yield
+        yield start
     finally:
         started.set()

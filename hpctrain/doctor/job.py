@@ -108,8 +108,6 @@ def examine_job(comm: Communicator, config: Config, run_dir: Path | None, engine
             found.remarks += locked_twice(places, [sight.locks for sight in sights], str(run_dir))
         except UserError as error:
             found.complaints.append(str(error))
-        except MachineError as error:
-            found.faults.append(str(error))
     if not (found.complaints or found.faults):
         _find_suspects(comm, found)
     found.cost_s = comm.broadcast_object(_age_s())

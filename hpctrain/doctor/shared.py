@@ -58,10 +58,11 @@ def _make_token(run_dir: Path, held: ExitStack) -> str:
     name = f".preflight-{uuid.uuid4().hex}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        token = held.enter_context((run_dir / name).open("w"))
-        token.write(name)
-        token.flush()
+        # Without a buffer, which closing it would try to write once more.
+        token = held.enter_context((run_dir / name).open("wb", buffering=0))
+        token.write(name.encode())
     except OSError as error:
+        (run_dir / name).unlink(missing_ok=True)
         raise cannot_write(run_dir, error) from error
     try:
         fcntl.flock(token, fcntl.LOCK_EX | fcntl.LOCK_NB)

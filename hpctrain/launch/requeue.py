@@ -22,7 +22,7 @@ from hpctrain.launch.durations import parse_duration
 from hpctrain.launch.exits import PREEMPTED
 from hpctrain.launch.slurm import SlurmRefusal, ask_slurm
 from hpctrain.metrics.launches import Launch, read_launches
-from hpctrain.metrics.layout import CHECKPOINTS, list_checkpoints
+from hpctrain.metrics.layout import CHECKPOINTS, LAUNCHES_FILE, list_checkpoints
 from hpctrain.topology.voice import sentence
 
 _RESUBMIT = "submit it again with HPCTRAIN_RUN_DIR set to its run directory"
@@ -48,20 +48,26 @@ class NotRequeued(UserError):
 
 @dataclass(frozen=True)
 class _Start:
-    """This start of a job, in Slurm's numbers. ``array`` is None for a job that is in none."""
+    """This start of a job, in Slurm's numbers. ``array`` is None for a job that is in none; one with ``gaps`` has not
+    all numbers from its first task to its last.
+    """
 
     job: str
     restarts: int
     array: str | None
     task: int
+    gaps: bool
 
     def follows(self, launch: Launch) -> bool:
         """Whether ``launch`` was of the same job, the tasks of an array being one."""
         return launch.job == self.job if self.array is None else launch.array == self.array
 
     def starts_since(self, launch: Launch) -> int:
-        """How many starts after that of ``launch`` this one is; 0 for the same."""
-        return self.restarts - launch.slurm_restarts if self.task == launch.task else self.task - launch.task
+        """How many starts after that of ``launch`` this one is; 0 for the same, and 1 where it cannot be told."""
+        if self.task == launch.task:
+            return self.restarts - launch.slurm_restarts
+        tasks = self.task - launch.task
+        return min(tasks, 1) if self.gaps else tasks
 
 
 def requeue(config: LaunchConfig, environ: Mapping[str, str], run_dir: Path, status: int) -> str:
@@ -88,8 +94,11 @@ def _start_of(environ: Mapping[str, str]) -> _Start:
     job = environ.get("SLURM_JOB_ID", "")
     if not job.isdecimal():
         raise UserError("there is no job to requeue (SLURM_JOB_ID is not set): `hpctrain requeue` is for job scripts")
-    restarts, task = (int(environ.get(f"SLURM_{name}", "0")) for name in ("RESTART_COUNT", "ARRAY_TASK_ID"))
-    return _Start(job, restarts, environ.get("SLURM_ARRAY_JOB_ID"), task)
+    restarts, task, first, last, count = (
+        int(environ.get(f"SLURM_{name}", "0"))
+        for name in ("RESTART_COUNT", "ARRAY_TASK_ID", "ARRAY_TASK_MIN", "ARRAY_TASK_MAX", "ARRAY_TASK_COUNT")
+    )
+    return _Start(job, restarts, environ.get("SLURM_ARRAY_JOB_ID"), task, gaps=count < last - first + 1)
 
 
 def _promise(start: _Start, environ: Mapping[str, str], run_dir: Path, status: int) -> str:
@@ -122,8 +131,10 @@ def _hopeless_failure(start: _Start, run_dir: Path, status: int) -> str | None:
     # Below 0 this start is one that Slurm has given up, whose word does not count.
     if not_begun:
         return None
-    # Of later steps there may be spoilt ones too, which this launch has passed over.
-    if any(path.stat().st_mtime >= last.began_s for path in list_checkpoints(run_dir / CHECKPOINTS)):
+    # Of later steps there may be spoilt ones too, which this launch has passed over. The list was last written to when
+    # it began, by the clock of the same file system.
+    began_s = (run_dir / LAUNCHES_FILE).stat().st_mtime
+    if last.ended or any(path.stat().st_mtime >= began_s for path in list_checkpoints(run_dir / CHECKPOINTS)):
         return None
     before = launches[last.number - 1] if last.number else None
     if before is None or before.ended or before.step != last.step:

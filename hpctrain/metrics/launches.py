@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,15 @@ from hpctrain.metrics.layout import LAUNCHES_FILE
 class Launch:
     """One launch: the step it went on from, and its ranks.
 
-    ``began_s`` is when it began, in whole seconds since 1970. ``job`` is the Slurm job it was part of, if any: perhaps
-    a ``task`` of an ``array``. ``slurm_restarts`` is how often Slurm had started that again by then. One that has not
-    ``ended`` was killed, failed, or is still there. ``write_s`` is its longest write of a checkpoint.
+    ``job`` is the Slurm job it was part of, if any: perhaps a ``task`` of an ``array``. ``slurm_restarts`` is how often
+    Slurm had started that again by then. One that has not ``ended`` was killed, failed, or is still there. ``write_s``
+    is its longest write of a checkpoint.
     """
 
     number: int
     step: int
     world_size: int
     train_samples: int
-    began_s: float = 0.0
     job: str | None = None
     array: str | None = None
     task: int = 0
@@ -51,7 +49,6 @@ def _launch(begin: Mapping[str, Any], end: Mapping[str, Any] | None) -> Launch:
         step=begin["step"],
         world_size=begin["world_size"],
         train_samples=begin["train_samples"],
-        began_s=datetime.fromisoformat(begin["time"]).timestamp(),
         job=begin.get("slurm_job_id"),
         array=begin.get("slurm_array_job_id"),
         task=int(begin.get("slurm_array_task_id", "0")),

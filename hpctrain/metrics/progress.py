@@ -45,7 +45,7 @@ class Summary:
 class Display(Protocol):
     """Called by the loop on every rank; ``close`` always, at the end or on the way out of an error.
 
-    After it only messages and ``finish`` may come.
+    After it only messages may come, and ``finish``, on rank 0 alone.
     """
 
     def start(self, title: str, rows: Sequence[tuple[str, str]]) -> None:

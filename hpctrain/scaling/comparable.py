@@ -64,7 +64,9 @@ def _about(run: Run) -> Iterator[str]:
     if isinstance(steal, float) and steal > _STEAL_NOTED:
         yield f"{run.path}: the hypervisor gave {steal:.1%} of the machine's time to others"
     if run.restarts:
-        yield f"{run.path} has had {run.restarts + 1} launches: its rate is that of the last, from {counted}"
+        yield f"{run.path} has had {run.restarts + 1} launches: its rate is that of the last" + (
+            f", from {counted}" if steps is not None else ""
+        )
     elif steps is not None and steps < _ENOUGH_STEPS:
         yield f"{run.path}: its rate is that of {counted} alone"
 

@@ -181,6 +181,6 @@ def _try_lock(path: Path) -> int | None:
 def cannot_write(path: Path, error: OSError) -> UserError | MachineError:
     """What is said where the run directory ``path`` cannot be made or written to."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return MachineError(f"cannot create the run directory {path}: {error.strerror}")
+        return MachineError(f"cannot write to the run directory {path}: {error.strerror}")
     reason = (error.strerror or str(error)).lower()
     return UserError(f"cannot write to the run directory {path} ({reason}); give a writable one with --run-dir")

@@ -119,10 +119,11 @@ def open_session(config: CommConfig, device: str, asked: Callable[[], str | None
 def _start_engine(config: CommConfig, device: str, limit: Limit) -> tuple[Communicator, SideChannel, str]:
     """The engine that ``config`` asks for, the channel beside it, and why it is this one."""
     topology = detect(os.environ)
-    chosen = choose_device(device, topology)
-    name, reason = choose(config.engine, topology, chosen)
-    horovod_settings.ask_for(name, chosen, config.horovod.model_dump())
-    with start_limit(topology, f"{name} on {chosen.type}", limit):
+    with start_limit(topology, config.engine, limit) as start:
+        chosen = choose_device(device, topology)
+        name, reason = choose(config.engine, topology, chosen)
+        start(f"{name} on {chosen.type}")
+        horovod_settings.ask_for(name, chosen, config.horovod.model_dump())
         # The watch is to end a job that hangs, since it can say why; the engine's own limit is for when it cannot.
         comm = create(name, topology, chosen, limit.seconds + _ENGINE_GRACE_S)
         return comm, SideChannel.open(comm), reason

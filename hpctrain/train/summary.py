@@ -7,6 +7,7 @@ from typing import Any
 
 from hpctrain.comm.agree import on_rank_zero
 from hpctrain.config.load import config_hash
+from hpctrain.errors import HpctrainError
 from hpctrain.metrics.clock import RunTimes
 from hpctrain.metrics.jsonfiles import read_log_if_any
 from hpctrain.metrics.launches import read_launches
@@ -58,12 +59,15 @@ def finish(
 def show_end(run: RunDirectory, display: Display, summary: Summary, title: str) -> None:
     """Draw the learning curve, and show the closing words.
 
-    No other rank may wait for it: from a busy file system, the import of matplotlib takes longer than a rank may.
+    No rank that is watched may wait for it: from a busy file system, importing matplotlib takes longer than one may.
     """
-    steps = read_log_if_any(run.steps)
-    if steps:
-        draw_learning_curve(run.picture, steps, read_log_if_any(run.evals), title)
-        summary = replace(summary, picture=run.picture)
+    try:
+        if steps := read_log_if_any(run.steps):
+            draw_learning_curve(run.picture, steps, read_log_if_any(run.evals), title)
+            summary = replace(summary, picture=run.picture)
+    except HpctrainError as error:
+        # The run is whole, and would not be done again for its picture.
+        display.message(f"no learning curve was drawn: {error}")
     display.finish(summary)
 
 

@@ -55,12 +55,14 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_full_disk_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **how: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(self: Path, mode: str, buffering: int) -> IO[bytes]:
+        self.touch()
+        return open("/dev/full", mode, buffering)
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(MachineError, match=r"cannot create the run directory .*/run: No space left on device$"):
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(MachineError, match=r"cannot write to the run directory .*/run: No space left on device$"):
         sights(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_run_directory_that_another_job_holds_is_refused_and_left_alone(

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -177,10 +176,14 @@ def run_of(folder: Path, *lines: dict[str, object], found: int = 0, saved: int =
     (run / "checkpoints/.step-000099.partial").mkdir(parents=True)
     for step in filter(None, (found, saved)):
         (run / f"checkpoints/step-{step:06d}").mkdir()
+    launches = run / "launches.jsonl"
+    launches.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # By the clock of a file system that is years behind.
+    os.utime(launches, (1e9, 1e9))
     if found:
-        before_s = datetime(2020, 1, 1, tzinfo=UTC).timestamp()
-        os.utime(run / f"checkpoints/step-{found:06d}", (before_s, before_s))
-    (run / "launches.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.utime(run / f"checkpoints/step-{found:06d}", (1e9 - 60, 1e9 - 60))
+    if saved:
+        os.utime(run / f"checkpoints/step-{saved:06d}", (1e9 + 60, 1e9 + 60))
     return run
 
 
@@ -189,6 +192,7 @@ def after_fault(folder: Path, run: Path, config: LaunchConfig | None = None, **m
     return requeue(config or LaunchConfig(), environ, run, 137)
 
 
+FINISHED = {"launch": 1, "event": "end", "step": 20, "preempted": False, "write_s": 0.5}
 PREEMPTED_AT_10 = {"launch": 0, "event": "end", "step": 10, "preempted": True, "write_s": 0.5}
 
 
@@ -200,6 +204,7 @@ PREEMPTED_AT_10 = {"launch": 0, "event": "end", "step": 10, "preempted": True, "
         pytest.param([begin(0, 10), begin(1, 10)], 10, 15, id="with a new checkpoint"),
         pytest.param([begin(0, 10), begin(1, 10)], 0, 20, id="with a new one in the place of a spoilt one"),
         pytest.param([begin(0, 10), PREEMPTED_AT_10, begin(1, 10)], 10, 0, id="after a preemption"),
+        pytest.param([begin(0, 10), begin(1, 10), FINISHED], 10, 0, id="after the end of the training"),
     ],
 )
 def test_after_a_fault_a_job_is_started_again(
@@ -297,10 +302,15 @@ def begin_task(launch: int, task: int, step: int, restarts: int = 0) -> dict[str
     return begin(launch, step, slurm_job_id=str(71 + task), **array)
 
 
-def after_fault_in_task(folder: Path, task: int, run: Path, restarts: int = 0) -> NotRequeued:
+def array_of(count: int, last: int) -> dict[str, str]:
+    """What Slurm tells a task of its array, from task 0 to ``last``."""
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in (("COUNT", count), ("MIN", 0), ("MAX", last))}
+
+
+def after_fault_in_task(folder: Path, task: int, run: Path, restarts: int = 0, count: int = 10) -> NotRequeued:
     more = {"SLURM_JOB_ID": str(71 + task), "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": str(task)}
     with pytest.raises(NotRequeued) as caught:
-        after_fault(folder, run, SLURM_ARRAY_TASK_MAX="9", SLURM_RESTART_COUNT=str(restarts), **more)
+        after_fault(folder, run, SLURM_RESTART_COUNT=str(restarts), **array_of(count, last=9), **more)
     return caught.value
 
 
@@ -322,6 +332,12 @@ def test_after_a_fault_of_a_task_the_arrays_next_one_goes_on(
     told = after_fault_in_task(tmp_path, 3, run_of(tmp_path, *lines), restarts)
     assert (str(told), told.exit_code) == ("task 3 of array 70 ends here, the next one goes on", 75)
     assert not scontrol.calls and not srun.calls
+
+
+def test_tasks_that_an_array_has_not_did_not_fail(tmp_path: Path) -> None:
+    """--array 0,5,9: between the tasks 0 and 5 there was none."""
+    told = after_fault_in_task(tmp_path, 5, run_of(tmp_path, begin_task(0, 0, 0)), count=3)
+    assert (str(told), told.exit_code) == ("task 5 of array 70 ends here, the next one goes on", 75)
 
 
 @pytest.mark.parametrize(

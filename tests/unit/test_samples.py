@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,8 +133,7 @@ def test_launches_are_told_with_their_job(tmp_path: Path) -> None:
     array = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
     assert launches.begin(5, 2, 100, array) == 2
     told = read_launches(tmp_path)
-    assert all(abs(launch.began_s - time.time()) < 60 for launch in told)
-    assert [replace(launch, began_s=0.0) for launch in told] == [
+    assert told == [
         Launch(0, 0, 4, 100, job="7", slurm_restarts=1, ended=True, preempted=True, write_s=1.5),
         Launch(1, 5, 2, 100),
         Launch(2, 5, 2, 100, job="12", array="9", task=3),

@@ -23,7 +23,8 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def test_a_start_that_takes_too_long_ends_with_a_sentence(
     ended: threading.Event, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with start_limit(Topology(1, 4, host="n1"), "mpi on cpu", Limit(0.05, "comm.startup_timeout_s")):
+    with start_limit(Topology(1, 4, host="n1"), "auto", Limit(0.2, "comm.startup_timeout_s")) as start:
+        start("mpi on cpu")
         assert ended.wait(20)
     assert capsys.readouterr().err == (
         "hpctrain: rank 1 of 4 on host n1 has been waiting 0 s for the engine (mpi on cpu) to start: check that all "

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hpctrain.errors import UserError
+from hpctrain.errors import MachineError, UserError
 from hpctrain.launch.continuing import TrainCommand
 from hpctrain.metrics.record import parameters_sha256, read_record
 from hpctrain.train import loop, main, summary
@@ -54,6 +54,19 @@ def test_no_rank_waits_for_the_picture(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(summary, "draw_learning_curve", lambda *args: happened.append("drawn"))
     train_command(recipe(train={"max_steps": 2}), TrainCommand(Path("small")), resume="auto", run_dir=tmp_path)
     assert happened == ["closed", "drawn"]
+
+
+def test_a_run_whose_picture_cannot_be_drawn_has_ended_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise MachineError("cannot write learning-curve.png: Disk quota exceeded")
+
+    monkeypatch.setattr(summary, "draw_learning_curve", refuse)
+    train_command(recipe(train={"max_steps": 2}), TrainCommand(Path("small")), resume="auto", run_dir=tmp_path)
+    said = capsys.readouterr().out
+    assert "no learning curve was drawn: cannot write learning-curve.png: Disk quota exceeded\n" in said
+    assert str(tmp_path / "record.json") in said and (tmp_path / "record.json").exists()
 
 
 def test_rank_0_alone_asks_where_the_run_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

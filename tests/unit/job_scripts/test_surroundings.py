@@ -38,7 +38,7 @@ def test_what_was_exported_for_the_job_comes_before_the_site_file(job: Path) -> 
 
 def test_a_container_is_entered_with_its_gpus_and_folders(job: Path) -> None:
     (job / "my image.sif").touch()
-    configs, runs, disk = job / "recipes of mine", job / "all runs", job / "disk"
+    configs, runs, disk = job / "recipes of mine", job / "all runs", job / "not yet/there"
     configs.mkdir()
     config = shutil.copy(job / "small.yaml", configs)
     settings = {"HPCTRAIN_CONTAINER": "my image.sif", "HPCTRAIN_RUNS": str(runs)}
@@ -100,7 +100,7 @@ def test_what_is_staged_is_what_is_trained_on(job: Path, own: bool) -> None:
     staging, preflight, training = recorded(job, "srun").calls[1:]
     assert staging[-4:-1] == ["bash", str(SLURM / "stage_in.sh"), source]
     assert staging[-1] == STAGED
-    assert "--ntasks=2" in staging and "--cpus-per-task=8" in staging
+    assert {"--ntasks=2", "--cpus-per-task=8", "--wait=0"} <= set(staging)
     sets = [word for name in [*overrides, f"data.path={staging[-1]}"] for word in ("--set", name)]
     for argv in (preflight, training):
         assert argv[argv.index("small.yaml") + 1 :][: len(sets)] == sets
