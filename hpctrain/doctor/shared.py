@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import time
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,8 @@ def _make_token(run_dir: Path, held: ExitStack) -> str:
         token = held.enter_context((run_dir / name).open("wb", buffering=0))
         token.write(name.encode())
     except OSError as error:
-        (run_dir / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            (run_dir / name).unlink()
         raise cannot_write(run_dir, error) from error
     try:
         fcntl.flock(token, fcntl.LOCK_EX | fcntl.LOCK_NB)
