@@ -49,9 +49,11 @@ def refuse_differences(runs: Sequence[Run]) -> None:
 
 def remarks(runs: Sequence[Run]) -> list[str]:
     """Sentences on what may colour the figures: software that differs, machines that were shared, few steps."""
+    # One worker sends nothing, whatever its reduction is called.
+    several = [run for run in runs if run.size.workers > 1]
     differences = [
         f"{key} differs between runs: {_variants(values)}"
-        for key, values in _collect(runs, _software)
+        for key, values in (*_collect(runs, _software), *_collect(several, _reduction))
         if len({str(value) for _, value in values}) > 1
     ]
     return differences + [remark for run in runs for remark in _about(run)]
@@ -131,10 +133,13 @@ def _software(run: Run) -> Facts:
         "GPU driver": (provenance.get("gpus") or {}).get("driver"),
         "operating system": provenance.get("os"),
         "cores a worker": _cores(run),
-        "reduction": (run.record.wire.model_extra or {}).get("reduction"),
         "warm-up rule": (run.record.throughput.model_extra or {}).get("warmup_rule"),
         **{name: value for name, value in environment.items() if name.startswith(_STEERING)},
     }
+
+
+def _reduction(run: Run) -> Facts:
+    return {"reduction": (run.record.wire.model_extra or {}).get("reduction")}
 
 
 def _cores(run: Run) -> int | None:

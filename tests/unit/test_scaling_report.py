@@ -236,3 +236,13 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "o/scaling.csv").is_file()
+
+
+def test_one_worker_sums_nothing(tmp_path: Path) -> None:
+    reductions = {1: "engine", 2: "ordered", 4: "ordered"}
+    for workers, reduction in reductions.items():
+        write_run(tmp_path / f"n{workers}", workers, 100.0 * workers, record={"wire": {"reduction": reduction}})
+    assert "reduction" not in command("scaling", "report", tmp_path).out
+    write_run(tmp_path / "n8", 8, 800.0, record={"wire": {"reduction": "engine"}})
+    out = " ".join(command("scaling", "report", tmp_path).out.split())
+    assert f"reduction differs between runs: ordered in {tmp_path}/n2 and 1 more; engine in {tmp_path}/n8" in out
