@@ -52,7 +52,8 @@ wanted=$(awk '{ sum += $1 } END { print sum + 0 }' <<<"$files")
 have=$(du --apparent-size --block-size=1 --summarize "$target" | cut -f 1)
 free=$(df --output=avail --block-size=1 "$target" | tail -n 1)
 ((wanted <= have + free)) ||
-    fail 2 "$target has room for $(((have + free) >> 20)) MiB, but $source has $((wanted >> 20)) MiB: remove what is not needed in $(dirname "$target"), such as other versions, or choose another HPCTRAIN_SCRATCH"
+    fail 2 "$target has room for $(((have + free) >> 20)) MiB, but $source has $((wanted >> 20)) MiB: remove what is not needed in \
+$(dirname "$target"), such as other versions, or choose another HPCTRAIN_SCRATCH"
 
 export -f fail is_there stage
 export source target

@@ -103,7 +103,7 @@ def examine_job(comm: Communicator, config: Config, run_dir: Path | None, engine
     found.faults += clock_faults(places, read_clocks(comm))
     if run_dir is not None:
         try:
-            sights = _of_all(comm, see_run_directory(comm, run_dir))
+            sights = _of_all(comm, see_run_directory(comm, run_dir, first_host))
             found.complaints += unshared(places, [sight.reads for sight in sights], str(run_dir))
             found.remarks += locked_twice(places, [sight.locks for sight in sights], str(run_dir))
         except UserError as error:

@@ -17,6 +17,7 @@ import torch
 
 import hpctrain
 from hpctrain.topology.network import interface_towards
+from hpctrain.topology.placement import node_name, number_in
 from hpctrain.topology.ranks import Topology
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -57,25 +58,19 @@ def own_place(topology: Topology, device: torch.device, first_host: str, threads
     return RankPlace(
         rank=topology.rank,
         host=topology.host,
-        node=os.environ.get("SLURMD_NODENAME") or topology.host,
+        node=node_name(topology.host),
         local_rank=topology.local_rank,
         gpu=_uuid(device.index or 0) if on_gpu else "",
         gpus=tuple(_uuid(index) for index in range(sight)),
-        gpus_allotted=_number("SLURM_GPUS_ON_NODE"),
+        gpus_allotted=number_in("SLURM_GPUS_ON_NODE"),
         cores=tuple(cores),
         physical_cores=physical_cores(cores),
-        cores_allotted=min(_number("SLURM_CPUS_ON_NODE") or 1 << 30, os.cpu_count() or len(cores)),
-        threads=max(threads or 1, _number("OMP_NUM_THREADS"), 1),
+        cores_allotted=min(number_in("SLURM_CPUS_ON_NODE") or 1 << 30, os.cpu_count() or len(cores)),
+        threads=max(threads or 1, number_in("OMP_NUM_THREADS"), 1),
         numa=numa_nodes(cores),
         card=card_towards(first_host),
         code=code_version(),
     )
-
-
-def _number(variable: str) -> int:
-    """The whole number in a variable of the environment; 0 where it is unset or is none."""
-    text = os.environ.get(variable, "")
-    return int(text) if text.isascii() and text.isdecimal() else 0
 
 
 def _uuid(index: int) -> str:

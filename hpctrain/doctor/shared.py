@@ -29,13 +29,12 @@ class Sight:
     locks: bool
 
 
-def see_run_directory(comm: Communicator, run_dir: Path) -> Sight:
-    """This rank's sight of a file that rank 0 makes and locks in ``run_dir`` for the moment. Collective.
+def see_run_directory(comm: Communicator, run_dir: Path, first_host: str) -> Sight:
+    """This rank's sight of a file that rank 0, on ``first_host``, makes and locks in ``run_dir`` for now. Collective.
 
     Raises UserError, on all ranks, where another job trains there or rank 0 may neither write nor lock, MachineError
     where the disk is full.
     """
-    first_host = comm.broadcast_object(comm.topology.host)
     with ExitStack() as held:
         path = run_dir / on_rank_zero(comm, lambda: _make_token(run_dir, held))
         deadline = time.monotonic() + _PATIENCE_S

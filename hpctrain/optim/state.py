@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.errors import UserError
+from hpctrain.topology.voice import listed
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -82,5 +83,4 @@ def _blank(optimizer: torch.optim.Optimizer, slot: str, parameter: nn.Parameter)
 
 def _listed(what: str, keys: list[str]) -> Iterator[str]:
     if keys:
-        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-        yield f"{what}: {keys[0]}{more}"
+        yield f"{what}: {listed(keys, 1)}"

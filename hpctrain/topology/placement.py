@@ -1,4 +1,4 @@
-"""Which cores a rank may call its own, from what all ranks of its host are bound to."""
+"""Which cores a rank may call its own, by what all ranks of its host are bound to, and what Slurm says of its node."""
 
 from __future__ import annotations
 
@@ -24,3 +24,14 @@ def cores_of(rank: int, bindings: Sequence[Binding]) -> int:
     sharers = [set(other) for other_host, other in bindings if other_host == host and mine & set(other)]
     share = sum(1 / sum(core in other for other in sharers) for core in mine)
     return max(1, int(share + 1e-9))
+
+
+def node_name(host: str) -> str:
+    """The name by which Slurm knows this node, as in --exclude; outside of a job the ``host``'s own."""
+    return os.environ.get("SLURMD_NODENAME") or host
+
+
+def number_in(variable: str) -> int:
+    """The whole number in a variable of the environment, such as SLURM_GPUS_ON_NODE; 0 where it is unset or is none."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isascii() and text.isdecimal() else 0

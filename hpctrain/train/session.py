@@ -20,7 +20,7 @@ from hpctrain.comm.turns import Turns
 from hpctrain.comm.watch import Watch
 from hpctrain.config.comm import CommConfig
 from hpctrain.errors import MachineError, UserError
-from hpctrain.topology.placement import cores_of, own_binding
+from hpctrain.topology.placement import cores_of, node_name, number_in, own_binding
 from hpctrain.topology.ranks import Topology, detect
 
 _ENGINE_GRACE_S = 30.0
@@ -64,11 +64,11 @@ def choose_device(requested: str, topology: Topology) -> torch.device:
 
 def _require_none_allotted(host: str) -> None:
     """Without this a rank takes its CPU, and waits for ever for ranks that train on the GPUs of other hosts."""
-    allotted = os.environ.get("SLURM_GPUS_ON_NODE", "0")
-    if torch.version.cuda is not None and allotted != "0":
+    allotted = number_in("SLURM_GPUS_ON_NODE")
+    if torch.version.cuda is not None and allotted:
         raise MachineError(
             f"host {host} has {allotted} GPUs in this job, but torch sees none: if others see theirs, leave it out "
-            f"with --exclude={os.environ.get('SLURMD_NODENAME', host)}, else see `hpctrain doctor`, or set "
+            f"with --exclude={node_name(host)}, else see `hpctrain doctor`, or set "
             "train.device=cpu"
         )
 

@@ -26,7 +26,7 @@ CONFIG = Config.model_validate({"model": {"name": "dense"}})
 
 
 def sights(run_dir: Path) -> list[Sight]:
-    return run_group(3, lambda comm: see_run_directory(comm, run_dir), HOSTS)
+    return run_group(3, lambda comm: see_run_directory(comm, run_dir, HOSTS[0]), HOSTS)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, flock: Any) -> None:

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpctrain.cli import main
 from hpctrain.errors import MachineError, UserError
 from hpctrain.launch.resources import Request
 from hpctrain.launch.submit import Submission, prepare, submit
 from tests.unit.slurm_doubles import Double
+from tests.unit.small_runs import command
 
 GPU_SITE = """
 HPCTRAIN_PARTITION=gpu
@@ -325,18 +325,13 @@ def _yaml(value: str) -> str:
     return yaml.safe_dump(value, allow_unicode=True, default_style='"', width=1000).rstrip("\n")
 
 
-def test_a_dry_run_can_be_pasted_into_a_shell(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_can_be_pasted_into_a_shell(here: Path) -> None:
     sbatch = Double(here / "bin", "sbatch", stdout="1\n")
     words = ["--nodes", "2", "--job-name", "a 'b'\n$(touch boo)", "--set", "data.path=x $HOME", "--site", "gpu.env"]
     more = ["--dry-run", "--", "--exclude=n3", "--comment=c 'd'\n$(touch boo)"]
-    monkeypatch.setattr(sys, "argv", ["hpctrain", "submit", "small.yaml", *words, *more])
-    with pytest.raises(SystemExit) as leave:
-        main()
-    out = capsys.readouterr().out
-    line, _, script = out.partition(f"\n\n# {CHECKOUT}/slurm/train.sbatch\n")
-    assert not leave.value.code and not sbatch.calls and not (here / "runs").exists()
+    done = command("submit", "small.yaml", *words, *more)
+    line, _, script = done.out.partition(f"\n\n# {CHECKOUT}/slurm/train.sbatch\n")
+    assert not done.code and not sbatch.calls and not (here / "runs").exists()
     assert script.strip() == (CHECKOUT / "slurm/train.sbatch").read_text().strip()
     subprocess.run(["bash", "-c", line], check=True, timeout=30)
     (argv,) = sbatch.calls
@@ -346,17 +341,11 @@ def test_a_dry_run_can_be_pasted_into_a_shell(
     assert not (here / "boo").exists()
 
 
-def test_what_scripts_read_stands_alone(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_scripts_read_stands_alone(here: Path) -> None:
     Double(here / "bin", "sbatch", stdout="4242;cluster\n")
-    monkeypatch.setattr(
-        sys, "argv", ["hpctrain", "submit", "small.yaml", "--nodes", "2", "--site", "gpu.env", "--parsable"]
-    )
-    with pytest.raises(SystemExit) as leave:
-        main()
-    assert not leave.value.code
-    assert capsys.readouterr().out == f"4242\n{here}/runs/small-4242\n{here}/runs/small-4242.log\n"
+    done = command("submit", "small.yaml", "--nodes", "2", "--site", "gpu.env", "--parsable")
+    assert not done.code
+    assert done.out == f"4242\n{here}/runs/small-4242\n{here}/runs/small-4242.log\n"
 
 
 def test_it_takes_no_time_and_no_torch(here: Path) -> None:
